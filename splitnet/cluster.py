@@ -1,0 +1,146 @@
+"""The cluster: nodes and the links between them, as a person writes it or `splitnet probe` measures it (cluster.toml)."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from splitnet.errors import BadCluster
+
+__all__ = ["Cluster", "ClusterNode", "Link"]
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterNode:
+    """A box. `reference_s` is the time of the reference kernel there (see the Measure RPC): the ratio of two nodes' figures scales a
+    profile from one to the other. 0: not measured."""
+
+    name: str
+    address: str  # host:port
+    memory_bytes: int = 0  # 0: no limit
+    device: str = "cpu"
+    threads: int = 1
+    reference_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A directed pair of nodes."""
+
+    source: str
+    target: str
+    bandwidth_bytes_per_s: float
+    latency_s: float  # one way
+
+    def seconds(self, size_bytes: float) -> float:
+        """The time that a message of this size takes: latency + bytes / bandwidth. Nothing to send takes no time."""
+        return self.latency_s + size_bytes / self.bandwidth_bytes_per_s if size_bytes else 0.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    nodes: tuple[ClusterNode, ...]
+    links: tuple[Link, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.nodes:
+            raise BadCluster("the cluster has no node", remedy="add a [[nodes]] table, or run `splitnet probe --node HOST:PORT`")
+        names = [node.name for node in self.nodes]
+        for name in names:
+            if not name:
+                raise BadCluster("a node has no name")
+            if names.count(name) > 1:
+                raise BadCluster(f"node {name!r} stands twice in the cluster")
+        for node in self.nodes:
+            host, _, port = node.address.rpartition(":")
+            if not host or not port.isdigit() or not 0 < int(port) < 65536:
+                raise BadCluster(f"node {node.name!r}: address {node.address!r} is not HOST:PORT")
+            if node.memory_bytes < 0 or node.threads < 1 or not node.reference_s >= 0:
+                raise BadCluster(f"node {node.name!r}: memory_bytes and reference_s must not be negative, threads at least 1")
+        seen = set()
+        for link in self.links:
+            pair = (link.source, link.target)
+            where = f"link {link.source!r} -> {link.target!r}"
+            if missing := [end for end in pair if end not in names]:
+                raise BadCluster(f"{where}: no node {missing[0]!r} in the cluster")
+            if pair in seen or link.source == link.target:
+                raise BadCluster(f"{where}: " + ("stands twice" if pair in seen else "joins a node to itself"))
+            if not (link.bandwidth_bytes_per_s > 0 and link.latency_s >= 0 and math.isfinite(link.latency_s)):
+                raise BadCluster(f"{where}: bandwidth_bytes_per_s must be positive and latency_s not negative, got {link.bandwidth_bytes_per_s}, {link.latency_s}")
+            seen.add(pair)
+
+    def node(self, name: str) -> ClusterNode:
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        raise BadCluster(f"no node {name!r} in the cluster; it has {', '.join(n.name for n in self.nodes)}")
+
+    def link(self, source: str, target: str) -> Link | None:
+        """The link between two nodes, or None where they cannot reach each other."""
+        for link in self.links:
+            if (link.source, link.target) == (source, target):
+                return link
+        return None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Cluster:
+        """Raises BadCluster with the path and the place of the fault."""
+        try:
+            document = tomllib.loads(Path(path).read_text())
+        except OSError as error:
+            raise BadCluster(f"cannot read the cluster file {str(path)!r}: {error.strerror}", remedy="make one with `splitnet probe`") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise BadCluster(f"{path}: not TOML: {error}") from None
+        try:
+            return cls.from_document(document)
+        except BadCluster as error:
+            error.message = f"{path}: {error.message}"
+            raise
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> Cluster:
+        if unknown := sorted(set(document) - {"nodes", "links"}):
+            raise BadCluster(f"unknown key {unknown[0]!r}; expected [[nodes]] and [[links]]")
+        return cls(
+            nodes=tuple(_record(ClusterNode, d, f"nodes[{i}]") for i, d in enumerate(_tables(document, "nodes"))),
+            links=tuple(_record(Link, d, f"links[{i}]") for i, d in enumerate(_tables(document, "links"))),
+        )
+
+    def to_toml(self) -> str:
+        def table(record: Any) -> dict[str, Any]:
+            return {f.name: getattr(record, f.name) for f in fields(record)}
+
+        return tomli_w.dumps({"nodes": [table(n) for n in self.nodes], "links": [table(link) for link in self.links]})
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_toml())
+
+
+def _tables(document: Mapping[str, Any], key: str) -> list[Any]:
+    tables = document.get(key, [])
+    if not isinstance(tables, list):
+        raise BadCluster(f"{key}: expected tables [[{key}]], got {type(tables).__name__}")
+    return tables
+
+
+def _record(cls: type[Any], d: Any, at: str) -> Any:
+    if not isinstance(d, Mapping):
+        raise BadCluster(f"{at}: expected a table, got {type(d).__name__}")
+    expected = {"str": str, "int": int, "float": float}
+    kinds = {f.name: str(f.type) for f in fields(cls)}
+    for key, value in d.items():
+        if key not in kinds:
+            raise BadCluster(f"{at}: unknown key {key!r}; it may have {', '.join(kinds)}")
+        ok = isinstance(value, expected[kinds[key]]) or (kinds[key] == "float" and isinstance(value, int))
+        if not ok or isinstance(value, bool):
+            raise BadCluster(f"{at}.{key}: expected {kinds[key]}, got {value!r}")
+    try:
+        return cls(**d)
+    except TypeError as error:
+        raise BadCluster(f"{at}: {error}") from None

@@ -1,0 +1,306 @@
+"""The plan: which stage runs which operators on which node, what crosses between them, and what to expect of it.
+
+A plan is an immutable JSON document. It is made by `partitioner.plan`, completed with the shards' hashes by
+`partitioner.cut`, and read by every node that serves a part of it. Whatever is read is checked: a node must be able to take a
+plan from a stranger.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from splitnet.errors import BadInput, BadPlan
+from splitnet.tensors import TensorSpec
+
+__all__ = ["CLIENT", "PLAN_VERSION", "Alternative", "NodeRef", "OutputSpec", "Plan", "Prediction", "StageSpec", "Transfer"]
+
+PLAN_VERSION = 1
+CLIENT = ""  #: the stage name that stands for the client's side of the ingress, in `Transfer.source` and `.target`
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRef:
+    """A node that the plan uses."""
+
+    name: str
+    address: str  # host:port, as the other nodes reach it
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpec:
+    """A shard placed on a node. `operators` are vertices of the model graph; `inputs` and `outputs` are the values that cross its
+    border, by their names in the model graph. `seconds` is predicted for the profile's batch."""
+
+    name: str
+    node: str
+    operators: tuple[str, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    param_bytes: int = 0
+    activation_bytes: int = 0
+    seconds: float = 0.0
+    shard: str = ""  # sha256 of the shard's manifest; empty until cut
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Values that go from one stage to another. `source` CLIENT: a model input, sent on by the ingress. `target` CLIENT: a model
+    output, sent back to the ingress. `bytes` is for the profile's batch, before the codec."""
+
+    source: str
+    target: str
+    tensors: tuple[str, ...]
+    codec: str = "raw"
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSpec:
+    """A model output: its name for the client, and the value in the model graph that it is."""
+
+    value: str
+    spec: TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """What one device alone would do; `fits` says whether the model fits there at all."""
+
+    node: str
+    latency_s: float
+    throughput_per_s: float
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """For batches of `batch` items. `throughput_per_s` counts batches. `memory_bytes` is per node; `bytes_per_link` is keyed
+    "a->b". `bound` is a proven lower bound of the objective (seconds: latency, or the bottleneck's time per batch)."""
+
+    batch: int
+    latency_s: float
+    throughput_per_s: float
+    bottleneck: str = ""
+    bound: float = 0.0
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
+    bytes_per_link: Mapping[str, int] = field(default_factory=dict)
+    alternatives: tuple[Alternative, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Raises BadPlan when it does not hold together: see `_check`."""
+
+    model: str  # the MODEL argument or the module's class, for people
+    model_sha256: str
+    objective: str  # "latency" or "throughput"
+    nodes: tuple[NodeRef, ...]
+    stages: tuple[StageSpec, ...]  # in a topological order; the first one's node is the ingress
+    transfers: tuple[Transfer, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[OutputSpec, ...]
+    prediction: Prediction | None = None
+    profile_sha256: str = ""
+    max_in_flight: int = 16
+    version: int = PLAN_VERSION
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def ingress(self) -> NodeRef:
+        """The node that takes the client's requests."""
+        return self.node(self.stages[0].node)
+
+    def node(self, name: str) -> NodeRef:
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        raise BadPlan(f"no node {name!r} in the plan; it has {', '.join(n.name for n in self.nodes)}")
+
+    def stage(self, name: str) -> StageSpec:
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise BadPlan(f"no stage {name!r} in the plan; it has {', '.join(s.name for s in self.stages)}")
+
+    def with_shards(self, shards: Mapping[str, str]) -> Plan:
+        """The same plan with each stage's shard hash filled in."""
+        return dataclasses.replace(self, stages=tuple(dataclasses.replace(s, shard=shards[s.name]) for s in self.stages))
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Plan:
+        """Raises BadPlan with the path to the fault."""
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BadPlan(f"the plan is not JSON: {error}") from None
+        if not isinstance(document, dict):
+            raise BadPlan("the plan is not a JSON object")
+        version = document.get("version")
+        if version != PLAN_VERSION:
+            raise BadPlan(
+                f"the plan has version {version!r}, this splitnet reads version {PLAN_VERSION}",
+                remedy="make the plan again with `splitnet plan`, or update splitnet on this machine",
+            )
+        return _Reader("plan").plan(document)
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        try:
+            text = Path(path).read_bytes()
+        except OSError as error:
+            raise BadPlan(f"cannot read the plan {str(path)!r}: {error.strerror}", remedy="make one with `splitnet plan`") from None
+        try:
+            return cls.from_json(text)
+        except BadPlan as error:
+            error.message = f"{path}: {error.message}"
+            raise
+
+    def explain(self) -> str:
+        """The plan in words and figures, for people."""
+        from splitnet.explain import explain  # presentation stands in its own room
+
+        return explain(self)
+
+
+class _Reader:
+    """Takes a JSON document apart and says where it is wrong."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def plan(self, d: Mapping[str, Any]) -> Plan:
+        prediction = d.get("prediction")
+        return self._make(
+            Plan, d,
+            nodes=lambda v, p: self._each(v, p, NodeRef),
+            stages=lambda v, p: self._each(v, p, StageSpec, inputs=self._specs, outputs=self._specs, operators=self._strings),
+            transfers=lambda v, p: self._each(v, p, Transfer, tensors=self._strings),
+            inputs=self._specs,
+            outputs=lambda v, p: self._each(v, p, OutputSpec, spec=self._spec),
+            prediction=lambda v, p: None if prediction is None else self._make(
+                Prediction, v, p, memory_bytes=self._figures, bytes_per_link=self._figures,
+                alternatives=lambda w, q: self._each(w, q, Alternative),
+            ),
+        )  # fmt: skip
+
+    def _make(self, cls: type[Any], d: Any, at: str = "", **readers: Any) -> Any:
+        at = at or self.path
+        if not isinstance(d, Mapping):
+            raise BadPlan(f"{at}: expected an object, got {type(d).__name__}")
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = sorted(set(d) - set(fields))
+        if unknown:
+            raise BadPlan(f"{at}: unknown key {unknown[0]!r}")
+        values: dict[str, Any] = {}
+        for name, spec in fields.items():
+            if name not in d:
+                if spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+                    raise BadPlan(f"{at}.{name}: missing")
+                continue
+            values[name] = readers[name](d[name], f"{at}.{name}") if name in readers else self._scalar(d[name], str(spec.type), f"{at}.{name}")
+        return cls(**values)
+
+    @staticmethod
+    def _scalar(value: Any, kind: str, at: str) -> Any:
+        if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        expected: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
+        if type(value) is not expected[kind]:
+            raise BadPlan(f"{at}: expected {kind}, got {type(value).__name__}")
+        if kind in ("int", "float") and (math.isnan(value) or value < 0):
+            raise BadPlan(f"{at}: expected a figure that is not negative, got {value}")
+        return value
+
+    def _each(self, v: Any, at: str, cls: type[Any], **readers: Any) -> tuple[Any, ...]:
+        if not isinstance(v, list):
+            raise BadPlan(f"{at}: expected a list, got {type(v).__name__}")
+        return tuple(self._make(cls, item, f"{at}[{i}]", **readers) for i, item in enumerate(v))
+
+    def _strings(self, v: Any, at: str) -> tuple[str, ...]:
+        if not isinstance(v, list) or not all(isinstance(item, str) for item in v):
+            raise BadPlan(f"{at}: expected a list of strings")
+        return tuple(v)
+
+    def _figures(self, v: Any, at: str) -> dict[str, int]:
+        if not isinstance(v, Mapping):
+            raise BadPlan(f"{at}: expected an object, got {type(v).__name__}")
+        return {str(name): self._scalar(figure, "int", f"{at}[{name!r}]") for name, figure in v.items()}
+
+    def _specs(self, v: Any, at: str) -> tuple[TensorSpec, ...]:
+        if not isinstance(v, list):
+            raise BadPlan(f"{at}: expected a list, got {type(v).__name__}")
+        return tuple(self._spec(item, f"{at}[{i}]") for i, item in enumerate(v))
+
+    @staticmethod
+    def _spec(v: Any, at: str) -> TensorSpec:
+        try:
+            return TensorSpec.from_json(v)
+        except (KeyError, TypeError, BadInput) as error:
+            raise BadPlan(f"{at}: {error}") from None
+
+
+def _check(plan: Plan) -> None:
+    """Names are unique, every reference resolves, every value that a stage or the client waits for is sent to it exactly once and by
+    a stage that comes before, and there is at least one stage."""
+
+    def unique(names: list[str], what: str) -> set[str]:
+        seen = set(names)
+        if len(seen) != len(names):
+            raise BadPlan(f"{what} {next(n for n in names if names.count(n) > 1)!r} stands twice in the plan")
+        return seen
+
+    if not plan.stages:
+        raise BadPlan("the plan has no stage")
+    if plan.max_in_flight < 1:
+        raise BadPlan(f"max_in_flight must be at least 1, got {plan.max_in_flight}")
+    nodes = unique([n.name for n in plan.nodes], "node")
+    unique([s.name for s in plan.stages], "stage")
+    unique([t.name for t in plan.inputs], "input")
+    unique([o.spec.name for o in plan.outputs], "output")
+    order = {stage.name: i for i, stage in enumerate(plan.stages)}
+    available = {CLIENT: {t.name for t in plan.inputs}}
+    awaited = {CLIENT: {o.value for o in plan.outputs}}
+    for stage in plan.stages:
+        if not stage.name:
+            raise BadPlan("a stage has no name")
+        if stage.node not in nodes:
+            raise BadPlan(f"stage {stage.name!r} is on node {stage.node!r}, which the plan does not list")
+        available[stage.name] = unique([t.name for t in stage.outputs], f"stage {stage.name!r}: output")
+        awaited[stage.name] = unique([t.name for t in stage.inputs], f"stage {stage.name!r}: input")
+    sent: dict[str, list[str]] = {name: [] for name in awaited}
+    for transfer in plan.transfers:
+        where = f"transfer {transfer.source or 'client'!r} -> {transfer.target or 'client'!r}"
+        if transfer.source not in available or transfer.target not in awaited:
+            raise BadPlan(f"{where}: no such stage")
+        if transfer.source and transfer.target and order[transfer.source] >= order[transfer.target]:
+            raise BadPlan(f"{where}: goes backwards")
+        for tensor in transfer.tensors:
+            if tensor not in available[transfer.source]:
+                raise BadPlan(f"{where}: {tensor!r} is not an output of the source")
+            if tensor not in awaited[transfer.target]:
+                raise BadPlan(f"{where}: {tensor!r} is not awaited by the target")
+            sent[transfer.target].append(tensor)
+    for target, tensors in sent.items():
+        unique(tensors, f"tensor sent to {target or 'client'!r}:")
+        missing = sorted(awaited[target] - set(tensors))
+        if missing:
+            raise BadPlan(f"nothing sends {missing[0]!r} to {target or 'the client'!r}")
