@@ -131,7 +131,7 @@ def tensor_chunks(name: str, array: np.ndarray, codec: str = "raw", chunk_bytes:
     for first in range(0, max(1, stored.size), per_chunk):
         part = stored[first : first + per_chunk]
         head.offset, head.length = first * array.itemsize, part.nbytes
-        yield head, encode(part)
+        yield head, encode(part) if part.size else b""
         head = pb.TensorChunk(name=name)
 
 
