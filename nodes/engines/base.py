@@ -1,0 +1,40 @@
+"""What an engine is: it loads a shard once, and runs it any number of times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from splitnet.shard import Shard
+
+__all__ = ["Engine"]
+
+
+class Engine(Protocol):
+    """Called from one thread, the compute thread of its stage: the thread that loads it also runs it.
+
+    Arrays may have any strides, on both sides: a layout carries meaning, because the far side runs the same kernels on it and so
+    gets the same bits. An engine neither changes its inputs nor keeps them; its outputs may share memory with its inputs and with
+    its weights, so whoever wants to write into one copies it first. bfloat16 is `ml_dtypes.bfloat16`.
+    """
+
+    name: ClassVar[str]  #: as it stands in a shard's manifest
+
+    @classmethod
+    def load(cls, shard: Shard, *, threads: int) -> Self:
+        """Reads graph and weights, with that many intra-op threads from now on in this thread. Raises BadShard where the shard
+        does not hold together or holds an operator that is not allowed."""
+        ...
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The shard's outputs by name. `inputs` holds every input of the shard, with the dtypes that its manifest names.
+        Raises BadInput for a missing input, EngineFailure naming the operator where the computation fails; the engine
+        stays usable after either."""
+        ...
+
+    def memory_bytes(self) -> int:
+        """Bytes of weights that this engine holds."""
+        ...
