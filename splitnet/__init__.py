@@ -1,0 +1,115 @@
+"""splitnet: one neural network served by several small machines.
+
+This package is what everybody shares (plans, clusters, shards, codecs, the client); `partitioner` measures and cuts models, `nodes`
+serves them. Names are imported when they are first used, so `import splitnet` costs little and never loads torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlreadyExists",
+    "Alternative",
+    "AsyncClient",
+    "BadCluster",
+    "BadInput",
+    "BadModel",
+    "BadPlan",
+    "BadShard",
+    "Cancelled",
+    "CaptureError",
+    "Client",
+    "Cluster",
+    "ClusterNode",
+    "DeadlineExceeded",
+    "EngineFailure",
+    "InsufficientMemory",
+    "Link",
+    "MissingExtra",
+    "NoPlan",
+    "NodeRef",
+    "NodeUnavailable",
+    "NotFound",
+    "NotPermitted",
+    "OutputSpec",
+    "Overloaded",
+    "Plan",
+    "Prediction",
+    "ProtocolError",
+    "ServiceError",
+    "Shard",
+    "SplitnetError",
+    "StageSpec",
+    "StorageFailure",
+    "TensorSpec",
+    "Transfer",
+    "UserError",
+    "deploy",
+    "deploy_async",
+    "open_shard",
+    "status",
+    "status_async",
+    "undeploy",
+    "undeploy_async",
+]
+
+_MODULES: dict[str, tuple[str, ...]] = {
+    "splitnet.client": ("AsyncClient",),
+    "splitnet.cluster": ("Cluster", "ClusterNode", "Link"),
+    "splitnet.deploy": ("deploy", "deploy_async", "status", "status_async", "undeploy", "undeploy_async"),
+    "splitnet.plan": ("Alternative", "NodeRef", "OutputSpec", "Plan", "Prediction", "StageSpec", "Transfer"),
+    "splitnet.shard": ("Shard", "open_shard"),
+    "splitnet.sync": ("Client",),
+    "splitnet.tensors": ("TensorSpec",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'splitnet' has no attribute {name!r}")
+    value = getattr(import_module(_HOME.get(name, "splitnet.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if TYPE_CHECKING:
+    from splitnet.client import AsyncClient
+    from splitnet.cluster import Cluster, ClusterNode, Link
+    from splitnet.deploy import deploy, deploy_async, status, status_async, undeploy, undeploy_async
+    from splitnet.errors import (
+        AlreadyExists,
+        BadCluster,
+        BadInput,
+        BadModel,
+        BadPlan,
+        BadShard,
+        Cancelled,
+        CaptureError,
+        DeadlineExceeded,
+        EngineFailure,
+        InsufficientMemory,
+        MissingExtra,
+        NodeUnavailable,
+        NoPlan,
+        NotFound,
+        NotPermitted,
+        Overloaded,
+        ProtocolError,
+        ServiceError,
+        SplitnetError,
+        StorageFailure,
+        UserError,
+    )
+    from splitnet.plan import Alternative, NodeRef, OutputSpec, Plan, Prediction, StageSpec, Transfer
+    from splitnet.shard import Shard, open_shard
+    from splitnet.sync import Client
+    from splitnet.tensors import TensorSpec
