@@ -1,0 +1,127 @@
+"""How long a link takes, measured from one of its ends: round trip and bandwidth, fitted to seconds = round trip + bytes / bandwidth.
+
+Payloads of growing size are sent over one Probe stream and each is acknowledged. The sizes grow until the next one would not fit
+into the time allowed: a link of 5 Mbit/s stops at some 100 KiB, loopback gets many MiB. The bandwidth is the slope of the samples
+by the weighted Theil-Sen estimator (Sievers 1978: the median of all pairwise slopes, each weighted by its distance in bytes), which
+a third of outliers does not move; the round trip is the median of the smallest messages.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from splitnet.errors import ProtocolError
+from splitnet.rpc.v1 import node_pb2
+
+__all__ = ["LinkMeasurement", "LinkSample", "fit_link", "measure_link"]
+
+_PING_BYTES = 1
+_PINGS = 20
+_SIZES_BYTES = tuple(1 << k for k in range(12, 26, 2))  # 4 KiB, 16 KiB, ... 16 MiB
+_REPEATS = 5
+_MESSAGE_BYTES = 1 << 20  # payload of one message, as activations are chunked
+_GRACE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSample:
+    """`bytes` were sent, and `seconds` later the acknowledgement was back."""
+
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class LinkMeasurement:
+    """`round_trip_s` is for a message of one byte (a one-way latency is half of it); `jitter_s` is the median absolute deviation of
+    that. `bandwidth_bytes_per_s` is always positive and finite."""
+
+    round_trip_s: float
+    bandwidth_bytes_per_s: float
+    jitter_s: float
+    samples: tuple[LinkSample, ...]
+
+
+async def measure_link(stub: Any, budget_s: float = 2.0) -> LinkMeasurement:
+    """Measures the link from here to the node behind `stub` (a NodeStub on a grpc.aio channel), over its Probe RPC.
+
+    Takes about `budget_s`, at most `budget_s` + 10 s. Raises grpc.RpcError as it comes (the caller knows the address, and
+    translates), ProtocolError for a peer that acknowledges something else than was sent. Leaves nothing behind when cancelled.
+    """
+    call = stub.Probe(timeout=budget_s + _GRACE_S)
+    start = time.perf_counter()
+    try:
+        await _exchange(call, _PING_BYTES)  # connects
+        samples = []
+        while len(samples) < 3 or (len(samples) < _PINGS and time.perf_counter() - start < budget_s / 4):
+            samples.append(await _exchange(call, _PING_BYTES))
+        for size in _SIZES_BYTES:
+            began = time.perf_counter()
+            if _expected_s(samples, size) > budget_s - (began - start):
+                break
+            for _ in range(_REPEATS):
+                samples.append(await _exchange(call, size))
+                if time.perf_counter() - began > budget_s / 8:  # two of a kind at most on a slow link: the larger sizes tell more
+                    break
+        await call.done_writing()
+        return fit_link(samples)
+    finally:
+        call.cancel()
+
+
+async def _exchange(call: Any, size: int) -> LinkSample:
+    """Sends `size` bytes and waits until all have been acknowledged."""
+    lengths = [min(_MESSAGE_BYTES, size - at) for at in range(0, size, _MESSAGE_BYTES)]
+    messages = [node_pb2.ProbeRequest(payload=bytes(length)) for length in lengths]
+    start = time.perf_counter()
+    for message in messages:
+        await call.write(message)
+    for length in lengths:
+        reply = await call.read()
+        if not isinstance(reply, node_pb2.ProbeReply):  # grpc.aio.EOF: the peer ended the stream with OK
+            raise ProtocolError("the peer ended the Probe stream early", remedy="update splitnet on the other node")
+        if reply.received_bytes != length:
+            raise ProtocolError(f"Probe: sent {length} bytes, {reply.received_bytes} were acknowledged")
+    return LinkSample(size, time.perf_counter() - start)
+
+
+def _expected_s(samples: Sequence[LinkSample], size: int) -> float:
+    """How long a message of `size` is expected to take, judged by the largest yet; nothing is expected of pings alone."""
+    round_trip = float(np.median([s.seconds for s in samples if s.bytes == _PING_BYTES]))
+    largest = max(sample.bytes for sample in samples)
+    beyond = float(np.median([s.seconds for s in samples if s.bytes == largest])) - round_trip
+    return round_trip + max(beyond, 0.0) * size / largest
+
+
+def fit_link(samples: Sequence[LinkSample]) -> LinkMeasurement:
+    """Fits seconds = round trip + bytes / bandwidth. Needs at least two sizes; raises ValueError otherwise."""
+    sizes = np.array([s.bytes for s in samples], dtype=np.float64)
+    seconds = np.array([s.seconds for s in samples], dtype=np.float64)
+    if len(np.unique(sizes)) < 2:
+        raise ValueError("a bandwidth needs samples of at least two sizes")
+    pings = seconds[sizes == sizes.min()]
+    round_trip = float(np.median(pings))
+    i, j = np.triu_indices(len(sizes), 1)
+    apart = sizes[i] != sizes[j]
+    i, j = i[apart], j[apart]
+    slope = _weighted_median((seconds[j] - seconds[i]) / (sizes[j] - sizes[i]), np.abs(sizes[j] - sizes[i]))
+    largest = sizes == sizes.max()
+    # A link so fast that noise hides its slope is at least as fast as its largest message was seen to go.
+    floor = float(np.min(seconds[largest]) / sizes.max()) / 16
+    return LinkMeasurement(
+        round_trip_s=round_trip,
+        bandwidth_bytes_per_s=1.0 / max(slope, floor),
+        jitter_s=float(np.median(np.abs(pings - round_trip))),
+        samples=tuple(samples),
+    )
+
+
+def _weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
+    order = np.argsort(values)
+    cumulative = np.cumsum(weights[order])
+    return float(values[order][np.searchsorted(cumulative, cumulative[-1] / 2)])
