@@ -57,7 +57,7 @@ async def measure_link(stub: Any, budget_s: float = 2.0) -> LinkMeasurement:
     start = time.perf_counter()
     try:
         await _exchange(call, _PING_BYTES)  # connects
-        samples = []
+        samples: list[LinkSample] = []
         while len(samples) < 3 or (len(samples) < _PINGS and time.perf_counter() - start < budget_s / 4):
             samples.append(await _exchange(call, _PING_BYTES))
         for size in _SIZES_BYTES:
