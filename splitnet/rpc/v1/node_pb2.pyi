@@ -192,6 +192,7 @@ class Failure(google.protobuf.message.Message):
     REMEDY_FIELD_NUMBER: builtins.int
     RETRY_AFTER_S_FIELD_NUMBER: builtins.int
     KIND_FIELD_NUMBER: builtins.int
+    REQUEST_FIELD_NUMBER: builtins.int
     code: builtins.int
     """a gRPC status code"""
     message: builtins.str
@@ -202,6 +203,8 @@ class Failure(google.protobuf.message.Message):
     """with RESOURCE_EXHAUSTED: when to try again"""
     kind: builtins.str
     """the name of the error class, for an SDK"""
+    request: builtins.str
+    """the request it belongs to; empty inside a Frame, which names it"""
     def __init__(
         self,
         *,
@@ -212,8 +215,9 @@ class Failure(google.protobuf.message.Message):
         remedy: builtins.str = ...,
         retry_after_s: builtins.float = ...,
         kind: builtins.str = ...,
+        request: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["code", b"code", "kind", b"kind", "message", b"message", "node", b"node", "remedy", b"remedy", "retry_after_s", b"retry_after_s", "stage", b"stage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["code", b"code", "kind", b"kind", "message", b"message", "node", b"node", "remedy", b"remedy", "request", b"request", "retry_after_s", b"retry_after_s", "stage", b"stage"]) -> None: ...
 
 Global___Failure: typing_extensions.TypeAlias = Failure
 
