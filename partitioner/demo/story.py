@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from partitioner.bandwidth import probe
 
 import partitioner
-from partitioner.bandwidth import probe
 from partitioner.demo.boxes import running_nodes
 from partitioner.demo.digits import load_digits, train
 from partitioner.demo.serving import Batches, Measured, Served, compare, only, serve
@@ -77,8 +77,9 @@ def _search(minilm: Path, cluster: Cluster, folder: Path, say: Say) -> TaskRepor
     task = TextTask(minilm, _TEXT_BATCH)
     paragraphs = list(task.batches(task.paragraphs))
     questions = list(task.batches([question.text for question in task.questions]))
-    model = partitioner.load_model(f"hf:{minilm}")
     batches = [*paragraphs, *questions]
+    model = partitioner.load_model(f"hf:{minilm}")
+    eager = _in_torch(minilm, batches)
     with _split_and_whole(model, cluster, folder, "minilm", say) as (split, whole):
         answers, measured = compare(split, batches, cluster)
         whole_answers, measured_whole = compare(whole, batches, cluster)
@@ -93,7 +94,7 @@ def _search(minilm: Path, cluster: Cluster, folder: Path, say: Say) -> TaskRepor
     right = [question.paragraph for question in task.questions]
     report = TaskReport(
         "all-MiniLM-L6-v2", len(split.plan.stages), measured, measured_whole,
-        equal_to_one_node=_equal(answers, whole_answers), equal_to_torch=_equal(answers, _in_torch(model, batches)),
+        equal_to_one_node=_equal(answers, whole_answers), equal_to_torch=_equal(answers, eager),
         score=_share(found, right), score_of_whole=_share(found_by_whole, right),
     )  # fmt: skip
     _tell(report, f"questions answered by the right paragraph, batches of {_TEXT_BATCH} paragraphs", say)
@@ -143,13 +144,15 @@ def _split_and_whole(model: ModelGraph, cluster: Cluster, folder: Path, name: st
             served.unload()
 
 
-def _in_torch(model: ModelGraph, batches: Batches) -> list[dict[str, np.ndarray]]:
-    """The answers of the captured module in this process, by PyTorch alone."""
+def _in_torch(folder: Path, batches: Batches) -> list[dict[str, np.ndarray]]:
+    """The answers of the original model in this process, by transformers and PyTorch alone."""
     import torch
+    from transformers import AutoModel
 
-    return [
-        {name: value.numpy() for name, value in model.run({k: torch.from_numpy(v) for k, v in batch.items()}).items()} for batch in batches
-    ]
+    model = AutoModel.from_pretrained(str(folder)).eval()
+    with torch.inference_mode():
+        outputs = [model(**{name: torch.from_numpy(array) for name, array in batch.items()}) for batch in batches]
+    return [{name: value.numpy() for name, value in output.items()} for output in outputs]
 
 
 def _equal(left: list[dict[str, np.ndarray]], right: list[dict[str, np.ndarray]]) -> bool:
