@@ -1,7 +1,7 @@
 """The shape of a model without its arithmetic: vertices, values, sizes. Pure and JSON-able; planning needs nothing else.
 
 A vertex is one operator. It produces values (almost always one) and uses values of other vertices and parameters by name.
-A model input is a vertex of op "input". A value is a tensor, or a size: an integer that is known once the inputs are there, for
+A model input is a vertex of op "input", a symbolic size one of op "size". A value is a tensor, or a size: an integer that is known once the inputs are there, for
 which `Structure.sizes` holds an expression over the symbols of the input shapes ("batch", "2*batch + 1").
 """
 
@@ -121,7 +121,8 @@ class Structure:
             for value in v.inputs:
                 source = self.producer[value].name
                 carried = graph.edges[source, v.name]["bytes"] if graph.has_edge(source, v.name) else 0
-                graph.add_edge(source, v.name, bytes=carried + self.value_bytes[value])
+                # a size is read from a shape: its source need not be sent for it
+                graph.add_edge(source, v.name, bytes=carried + (8 if v.op == "size" else self.value_bytes[value]))
         return graph
 
     def to_json(self) -> str:
