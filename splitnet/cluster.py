@@ -72,7 +72,9 @@ class Cluster:
             if pair in seen or link.source == link.target:
                 raise BadCluster(f"{where}: " + ("stands twice" if pair in seen else "joins a node to itself"))
             if not (link.bandwidth_bytes_per_s > 0 and link.latency_s >= 0 and math.isfinite(link.latency_s)):
-                raise BadCluster(f"{where}: bandwidth_bytes_per_s must be positive and latency_s not negative, got {link.bandwidth_bytes_per_s}, {link.latency_s}")
+                raise BadCluster(
+                    f"{where}: bandwidth_bytes_per_s must be positive and latency_s not negative, got {link.bandwidth_bytes_per_s}, {link.latency_s}"
+                )
             seen.add(pair)
 
     def node(self, name: str) -> ClusterNode:
@@ -94,7 +96,9 @@ class Cluster:
         try:
             document = tomllib.loads(Path(path).read_text())
         except OSError as error:
-            raise BadCluster(f"cannot read the cluster file {str(path)!r}: {error.strerror}", remedy="make one with `splitnet probe`") from None
+            raise BadCluster(
+                f"cannot read the cluster file {str(path)!r}: {error.strerror}", remedy="make one with `splitnet probe`"
+            ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise BadCluster(f"{path}: not TOML: {error}") from None
         try:

@@ -216,7 +216,9 @@ class _Reader:
                 if spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
                     raise BadPlan(f"{at}.{name}: missing")
                 continue
-            values[name] = readers[name](d[name], f"{at}.{name}") if name in readers else self._scalar(d[name], str(spec.type), f"{at}.{name}")
+            values[name] = (
+                readers[name](d[name], f"{at}.{name}") if name in readers else self._scalar(d[name], str(spec.type), f"{at}.{name}")
+            )
         return cls(**values)
 
     @staticmethod

@@ -15,8 +15,7 @@ __all__ = ["DTYPES", "TensorSpec", "aligned_empty", "dtype_name", "numpy_dtype"]
 
 #: Every element type that may cross a cut, by its name on the wire.
 DTYPES: dict[str, np.dtype] = {
-    name: np.dtype(name)
-    for name in ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64")
+    name: np.dtype(name) for name in ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64")
 } | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT_BYTES = 64  # a cache line, and the widest vector register: BLAS picks its kernels by alignment
@@ -77,7 +76,9 @@ class TensorSpec:
         """Raises BadInput unless `array` fits. `symbols` collects the size of each symbol seen, so that inputs which
         share a symbol must agree. A batch may not be empty."""
         if dtype_name(array.dtype) != self.dtype:
-            raise BadInput(f"input {self.name!r}: expected {self.dtype}, got {array.dtype}", remedy=f"convert it: array.astype({self.dtype!r})")
+            raise BadInput(
+                f"input {self.name!r}: expected {self.dtype}, got {array.dtype}", remedy=f"convert it: array.astype({self.dtype!r})"
+            )
         if array.ndim != len(self.shape):
             raise BadInput(f"input {self.name!r}: expected {len(self.shape)} dimensions {self._shown()}, got shape {array.shape}")
         for axis, (expected, size) in enumerate(zip(self.shape, array.shape, strict=True)):
@@ -85,7 +86,9 @@ class TensorSpec:
                 raise BadInput(f"input {self.name!r}: dimension {axis} is empty (shape {array.shape})", remedy="send at least one element")
             if isinstance(expected, int):
                 if size != expected:
-                    raise BadInput(f"input {self.name!r}: dimension {axis} must be {expected}, got {size} (expected {self._shown()}, got {array.shape})")
+                    raise BadInput(
+                        f"input {self.name!r}: dimension {axis} must be {expected}, got {size} (expected {self._shown()}, got {array.shape})"
+                    )
             elif _SYMBOL.match(expected) and symbols.setdefault(expected, size) != size:
                 raise BadInput(
                     f"input {self.name!r}: dimension {axis} is {size}, but {expected!r} is {symbols[expected]} in another input",

@@ -21,4 +21,6 @@ def get_codec(name: str) -> Codec:
     try:
         return _CODECS[name]
     except KeyError:
-        raise BadInput(f"codec {name!r} is not one of {', '.join(_CODECS)}", remedy="choose one of these, or update splitnet on this node") from None
+        raise BadInput(
+            f"codec {name!r} is not one of {', '.join(_CODECS)}", remedy="choose one of these, or update splitnet on this node"
+        ) from None
