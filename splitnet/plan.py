@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from splitnet.errors import BadInput, BadPlan
 from splitnet.tensors import TensorSpec
@@ -22,6 +22,7 @@ from splitnet.tensors import TensorSpec
 __all__ = ["CLIENT", "PLAN_VERSION", "Alternative", "NodeRef", "OutputSpec", "Plan", "Prediction", "StageSpec", "Transfer"]
 
 PLAN_VERSION = 1
+_T = TypeVar("_T")
 CLIENT = ""  #: the stage name that stands for the client's side of the ingress, in `Transfer.source` and `.target`
 
 
@@ -202,11 +203,11 @@ class _Reader:
             ),
         )  # fmt: skip
 
-    def _make(self, cls: type[Any], d: Any, at: str = "", **readers: Any) -> Any:
+    def _make(self, cls: type[_T], d: Any, at: str = "", **readers: Any) -> _T:
         at = at or self.path
         if not isinstance(d, Mapping):
             raise BadPlan(f"{at}: expected an object, got {type(d).__name__}")
-        fields = {f.name: f for f in dataclasses.fields(cls)}
+        fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(d) - set(fields))
         if unknown:
             raise BadPlan(f"{at}: unknown key {unknown[0]!r}")
@@ -228,7 +229,7 @@ class _Reader:
         expected: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
         if type(value) is not expected[kind]:
             raise BadPlan(f"{at}: expected {kind}, got {type(value).__name__}")
-        if kind in ("int", "float") and (math.isnan(value) or value < 0):
+        if isinstance(value, int | float) and (math.isnan(value) or value < 0):
             raise BadPlan(f"{at}: expected a figure that is not negative, got {value}")
         return value
 
