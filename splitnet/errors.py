@@ -43,6 +43,7 @@ class SplitnetError(Exception):
 
     grpc_code: ClassVar[int] = 2  # UNKNOWN
     exit_status: ClassVar[int] = 1
+    batch: int | None = None  #: its place in a stream of batches, where it arose in one
 
     def __init__(
         self,

@@ -322,6 +322,7 @@ class DeploymentStatus(google.protobuf.message.Message):
     IN_FLIGHT_FIELD_NUMBER: builtins.int
     STAGES_FIELD_NUMBER: builtins.int
     MODEL_FIELD_NUMBER: builtins.int
+    INGRESS_ADDRESS_FIELD_NUMBER: builtins.int
     name: builtins.str
     plan_sha256: builtins.str
     node: builtins.str
@@ -331,6 +332,8 @@ class DeploymentStatus(google.protobuf.message.Message):
     max_in_flight: builtins.int
     in_flight: builtins.int
     model: builtins.str
+    ingress_address: builtins.str
+    """where the client's requests go, as the plan has it"""
     @property
     def inputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
     @property
@@ -350,8 +353,9 @@ class DeploymentStatus(google.protobuf.message.Message):
         in_flight: builtins.int = ...,
         stages: collections.abc.Iterable[Global___StageStatus] | None = ...,
         model: builtins.str = ...,
+        ingress_address: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["in_flight", b"in_flight", "ingress", b"ingress", "inputs", b"inputs", "max_in_flight", b"max_in_flight", "model", b"model", "name", b"name", "node", b"node", "outputs", b"outputs", "plan_sha256", b"plan_sha256", "stages", b"stages"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["in_flight", b"in_flight", "ingress", b"ingress", "ingress_address", b"ingress_address", "inputs", b"inputs", "max_in_flight", b"max_in_flight", "model", b"model", "name", b"name", "node", b"node", "outputs", b"outputs", "plan_sha256", b"plan_sha256", "stages", b"stages"]) -> None: ...
 
 Global___DeploymentStatus: typing_extensions.TypeAlias = DeploymentStatus
 
