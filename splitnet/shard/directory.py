@@ -10,7 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from splitnet.errors import BadShard
-from splitnet.shard.manifest import DEFAULT_LIMITS, ENGINE_FORMATS, Manifest, Member, ShardLimits, check_member_name, fault, looks_pickled_name, strict_json
+from splitnet.shard.manifest import (
+    DEFAULT_LIMITS,
+    ENGINE_FORMATS,
+    Manifest,
+    Member,
+    ShardLimits,
+    check_member_name,
+    fault,
+    looks_pickled_name,
+    strict_json,
+)
 from splitnet.shard.weights import looks_pickled, read_header
 from splitnet.tensors import TensorSpec
 
@@ -194,7 +204,11 @@ def _regular_size(file: Path, place: str) -> int:
 
 def _read_manifest(file: Path, limits: ShardLimits) -> bytes:
     if not os.path.lexists(file):
-        fault(str(file.parent), f"not a shard: it has no {MANIFEST}", "give the directory that `splitnet plan` wrote; if cutting was cut short, cut again")
+        fault(
+            str(file.parent),
+            f"not a shard: it has no {MANIFEST}",
+            "give the directory that `splitnet plan` wrote; if cutting was cut short, cut again",
+        )
     size = _regular_size(file, str(file))
     if size > limits.manifest_bytes:
         fault(str(file), f"the manifest has {size} bytes, the limit is {limits.manifest_bytes}")
@@ -204,7 +218,11 @@ def _read_manifest(file: Path, limits: ShardLimits) -> bytes:
 def _refuse_pickle(file: Path, place: str) -> None:
     with file.open("rb") as opened:
         if looks_pickled(opened.read(9)):
-            fault(place, "pickled member: the file is a pickle or a zip archive", "store weights as safetensors and the graph as JSON: cut the model again")
+            fault(
+                place,
+                "pickled member: the file is a pickle or a zip archive",
+                "store weights as safetensors and the graph as JSON: cut the model again",
+            )
 
 
 def _write_member(target: Path, content: bytes | Path) -> Member:

@@ -120,12 +120,14 @@ class Manifest:
             fault(place, f"the manifest has {len(data)} bytes, the limit is {limits.manifest_bytes}")
         document = strict_json(data, place)
         if not isinstance(document, dict) or document.get("format") != _FORMAT:
-            fault(place, f"not the manifest of a splitnet shard (no \"format\": \"{_FORMAT}\")")
+            fault(place, f'not the manifest of a splitnet shard (no "format": "{_FORMAT}")')
         version = document.get("version")
         if type(version) is not int or version < 1:
             fault(place, f"version: expected a whole number from 1, got {version!r:.80}")
         if version > SHARD_VERSION:
-            fault(place, f"the shard has format version {version}, this splitnet reads up to {SHARD_VERSION}", "update splitnet on this node")
+            fault(
+                place, f"the shard has format version {version}, this splitnet reads up to {SHARD_VERSION}", "update splitnet on this node"
+            )
         try:
             manifest = cls(**_fields(document, place, limits))
         except BadShard as error:
@@ -174,9 +176,17 @@ def looks_pickled_name(name: str) -> bool:
 def check_member_name(name: str, engine: str, place: str) -> None:
     """Raises BadShard unless a shard of this engine format may hold a member of this name."""
     if name in ("", ".", "..") or "/" in name or "\\" in name or ":" in name or "\0" in name:
-        fault(place, f"member {name!r:.200} is not a plain file name: it would leave the shard's directory", "do not deploy this shard: it was tampered with")
+        fault(
+            place,
+            f"member {name!r:.200} is not a plain file name: it would leave the shard's directory",
+            "do not deploy this shard: it was tampered with",
+        )
     if looks_pickled_name(name):
-        fault(place, f"pickled member {name!r:.200}: splitnet never reads pickles", "store weights as safetensors and the graph as JSON: cut the model again")
+        fault(
+            place,
+            f"pickled member {name!r:.200}: splitnet never reads pickles",
+            "store weights as safetensors and the graph as JSON: cut the model again",
+        )
     if not ENGINE_FORMATS[engine].allows(name):
         fault(place, f"unknown member {name!r:.200}: a shard of engine format {engine!r} may not hold it")
 
@@ -193,7 +203,11 @@ def _check(m: Manifest) -> None:
     if not m.stage:
         fault("", "stage: the stage has no name")
     if m.engine not in ENGINE_FORMATS:
-        fault("", f"engine: format {m.engine!r:.80} is not known here; this splitnet reads {', '.join(ENGINE_FORMATS)}", "update splitnet on this node")
+        fault(
+            "",
+            f"engine: format {m.engine!r:.80} is not known here; this splitnet reads {', '.join(ENGINE_FORMATS)}",
+            "update splitnet on this node",
+        )
     for name in ("param_bytes", "activation_bytes"):
         _size(getattr(m, name), name)
     for side, specs in (("inputs", m.inputs), ("outputs", m.outputs)):

@@ -34,7 +34,18 @@ _END_BYTES, _LOCATOR64_BYTES, _END64_BYTES, _LOCAL_HEADER_BYTES = 22, 20, 56, 30
 _DAMAGED = "copy the file again, or pack the shard again"
 _HOSTILE = "do not deploy this file: it was made to exhaust the node"
 #: What zipfile and zlib raise for damaged archives.
-_ZIP_ERRORS = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, ValueError, KeyError, OverflowError)
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    OverflowError,
+)
 
 
 def pack(shard: Shard, file: str | Path) -> Path:
@@ -46,7 +57,10 @@ def pack(shard: Shard, file: str | Path) -> Path:
             archive.writestr(_entry(MANIFEST), shard.manifest.to_bytes())
             for name, member in sorted(shard.manifest.members.items()):
                 digest = hashlib.sha256()
-                with shard.member(name).open("rb") as source, archive.open(_entry(name), "w", force_zip64=member.size_bytes >= 1 << 31) as target:
+                with (
+                    shard.member(name).open("rb") as source,
+                    archive.open(_entry(name), "w", force_zip64=member.size_bytes >= 1 << 31) as target,
+                ):
                     while chunk := source.read(_CHUNK_BYTES):
                         digest.update(chunk)
                         target.write(chunk)
@@ -139,13 +153,21 @@ class PackedShard:
             place = f"{self._place}: {name!r:.200}"
             # zipfile cuts a name at its first NUL and turns os.sep into "/": judge the name that stands in the archive
             if info.orig_filename != name or "/" in name or "\\" in name or ":" in name or name in ("", ".", ".."):
-                fault(place, "is not a plain file name: it would leave the shard's directory", "do not deploy this shard: it was tampered with")
+                fault(
+                    place,
+                    "is not a plain file name: it would leave the shard's directory",
+                    "do not deploy this shard: it was tampered with",
+                )
             if stat.S_ISLNK(info.external_attr >> 16):
                 fault(place, "is a symbolic link; a shard holds plain files only", "pack the file itself")
             if name in entries:
                 fault(place, "stands twice in the archive", _DAMAGED)
             if looks_pickled_name(name):
-                fault(place, "pickled member: splitnet never reads pickles", "store weights as safetensors and the graph as JSON: cut the model again")
+                fault(
+                    place,
+                    "pickled member: splitnet never reads pickles",
+                    "store weights as safetensors and the graph as JSON: cut the model again",
+                )
             if info.flag_bits & 1:
                 fault(place, "is encrypted", "pack the shard without a password")
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -217,7 +239,11 @@ def _check_end(file: Path, limits: ShardLimits) -> None:
     if tail[-_END_BYTES - _LOCATOR64_BYTES :][:4] == _LOCATOR64 and tail[:4] == _END64:
         entries, directory_bytes = struct.unpack("<QQ", tail[32:48])
     if entries > limits.members + 1 or directory_bytes > _MAX_DIRECTORY_BYTES:
-        fault(str(file), f"zip bomb: the archive claims {entries} members in {directory_bytes} bytes of directory, the limit is {limits.members} members", _HOSTILE)
+        fault(
+            str(file),
+            f"zip bomb: the archive claims {entries} members in {directory_bytes} bytes of directory, the limit is {limits.members} members",
+            _HOSTILE,
+        )
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
