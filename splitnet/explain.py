@@ -1,0 +1,127 @@
+"""A plan in words and figures, from the plan alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from splitnet.plan import CLIENT, Plan, Prediction, StageSpec
+
+__all__ = ["bytes_text", "explain", "seconds_text", "table"]
+
+_SAME = 1e-6  # relative: two predictions closer than this are the same
+
+
+def bytes_text(size: float) -> str:
+    """Bytes for people: "0 B", "12.3 KiB", "1.50 GiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds for people: "0.120 ms", "12.3 ms", "1.50 s"."""
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    if seconds >= 1e-3:
+        return f"{seconds * 1e3:.1f} ms"
+    return f"{seconds * 1e3:.3f} ms"
+
+
+def table(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> list[str]:
+    """Rows as lines with aligned columns; the first row is the head."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return [indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def explain(plan: Plan) -> str:
+    """The plan for people: stages, what crosses between them, what is predicted, how good that is, and what one machine alone would do."""
+    lines = [
+        f"{plan.model}: {_count(len(plan.stages), 'stage')} on {_count(len({s.node for s in plan.stages}), 'node')}, for {plan.objective}"
+    ]
+    lines += [
+        "",
+        "stages",
+        *table([("stage", "node", "operators", "from", "to", "parameters", "memory", "compute"), *map(_stage, plan.stages)]),
+    ]
+    if plan.transfers:
+        lines += ["", "transfers", *table([("from", "to", "link", "tensors", "bytes", "codec"), *_transfers(plan)])]
+    if plan.prediction is not None:
+        lines += ["", *_prediction(plan, plan.prediction)]
+    return "\n".join(lines)
+
+
+def _stage(stage: StageSpec) -> tuple[str, ...]:
+    names = stage.operators or ("-",)
+    need = stage.param_bytes + stage.activation_bytes
+    count, first, last = str(len(stage.operators)), names[0], names[-1]
+    return stage.name, stage.node, count, first, last, bytes_text(stage.param_bytes), bytes_text(need), seconds_text(stage.seconds)
+
+
+def _transfers(plan: Plan) -> list[tuple[str, ...]]:
+    node = {stage.name: stage.node for stage in plan.stages} | {CLIENT: plan.stages[0].node}
+    rows = []
+    for transfer in plan.transfers:
+        a, b = node[transfer.source], node[transfer.target]
+        link = f"{a}->{b}" if a != b else f"within {a}"
+        ends = (transfer.source or "client", transfer.target or "client")
+        rows.append((*ends, link, str(len(transfer.tensors)), bytes_text(transfer.bytes), transfer.codec))
+    return rows
+
+
+def _prediction(plan: Plan, predicted: Prediction) -> list[str]:
+    lines = [
+        f"predicted for batches of {predicted.batch}",
+        f"  latency     {seconds_text(predicted.latency_s)}",
+        f"  throughput  {predicted.throughput_per_s:.3g} batches/s (bottleneck: {predicted.bottleneck or 'not known'})",
+        f"  quality     {_quality(plan, predicted)}",
+    ]
+    if predicted.memory_bytes:
+        lines.append("  memory      " + ", ".join(f"{node} {bytes_text(size)}" for node, size in predicted.memory_bytes.items()))
+    if predicted.bytes_per_link:
+        lines.append("  links       " + ", ".join(f"{link} {bytes_text(size)}" for link, size in predicted.bytes_per_link.items()))
+    if predicted.alternatives:
+        rows = [("one node alone", "latency", "throughput", "fits")]
+        rows += [
+            (a.node, seconds_text(a.latency_s), f"{a.throughput_per_s:.3g} batches/s", "yes" if a.fits else "no, too little memory")
+            for a in predicted.alternatives
+        ]
+        lines += ["", *table(rows), "", _verdict(plan, predicted)]
+    return lines
+
+
+def _quality(plan: Plan, predicted: Prediction) -> str:
+    reached = predicted.latency_s if plan.objective == "latency" else 1.0 / predicted.throughput_per_s
+    if predicted.bound <= 0:
+        return "no bound is known"
+    gap = reached / predicted.bound - 1.0
+    if gap <= _SAME:
+        return "optimal: no plan is predicted to be better"
+    return f"within {gap * 100:.1f}% of any plan (proven bound {seconds_text(predicted.bound)})"
+
+
+def _verdict(plan: Plan, predicted: Prediction) -> str:
+    """Compares with the best single node, in so many words."""
+    able = [a for a in predicted.alternatives if a.fits]
+    if not able:
+        return "The model fits on no single node: it has to be split."
+    what = "latency" if plan.objective == "latency" else "throughput"
+    if what == "latency":
+        best = min(able, key=lambda a: a.latency_s)
+        gain = best.latency_s / max(predicted.latency_s, 1e-12)
+    else:
+        best = max(able, key=lambda a: a.throughput_per_s)
+        gain = predicted.throughput_per_s / max(best.throughput_per_s, 1e-12)
+    alone = len({stage.node for stage in plan.stages}) == 1
+    if alone and gain >= 1 - _SAME:
+        return f"One machine alone is best for {what}: {plan.stages[0].node!r}. Splitting the model over these nodes would be slower."
+    if gain > 1 + _SAME:
+        return f"Splitting pays: {gain:.2f}x the {what.replace('latency', 'speed')} of the best node alone ({best.node!r})."
+    if gain >= 1 - _SAME:
+        return f"Splitting gains nothing in {what} over the best node alone ({best.node!r})."
+    return f"One machine alone is best for {what}: {best.node!r} alone would be {1 / gain:.2f}x as fast as this plan, which was asked for."
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
