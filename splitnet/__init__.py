@@ -6,7 +6,9 @@ serves them. Names are imported when they are first used, so `import splitnet` c
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -80,6 +82,16 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
+
+class _Package(ModuleType):
+    """`splitnet.deploy` is the function, even after the module of that name was imported: an import sets it on its package."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 if TYPE_CHECKING:
     from splitnet.client import AsyncClient
