@@ -193,14 +193,21 @@ def from_rpc_error(error: grpc.RpcError, address: str) -> errors.SplitnetError:
     number = code.value[0]
     if code is grpc.StatusCode.UNAVAILABLE:
         return errors.NodeUnavailable(
-            f"no node answers at {address}: {details}", remedy=f"check that `splitnet node` runs there and that {address} can be reached from here"
+            f"no node answers at {address}: {details}",
+            remedy=f"check that `splitnet node` runs there and that {address} can be reached from here",
         )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return errors.DeadlineExceeded(f"{address} did not answer in time", remedy="raise the timeout, or see `splitnet status` for what it does")
+        return errors.DeadlineExceeded(
+            f"{address} did not answer in time", remedy="raise the timeout, or see `splitnet status` for what it does"
+        )
     if code is grpc.StatusCode.UNIMPLEMENTED:
-        return errors.ProtocolError(f"{address} does not offer this call: {details}", remedy="check that it is a splitnet node, of the same version")
+        return errors.ProtocolError(
+            f"{address} does not offer this call: {details}", remedy="check that it is a splitnet node, of the same version"
+        )
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
-        return errors.ProtocolError(f"{address}: a message is too large: {details}", remedy="run the same version of splitnet on both sides")
+        return errors.ProtocolError(
+            f"{address}: a message is too large: {details}", remedy="run the same version of splitnet on both sides"
+        )
     return _CLASS_OF_CODE.get(number, errors.ServiceError)(f"{address} answered {code.name}: {details}")
 
 
@@ -211,6 +218,10 @@ def translated(address: str) -> Iterator[None]:
         yield
     except grpc.RpcError as error:
         raise from_rpc_error(error, address) from None
+    except asyncio.CancelledError:  # gRPC's way to say that the call, and not this task, was cancelled
+        if (task := asyncio.current_task()) is None or task.cancelling():
+            raise
+        raise errors.Cancelled(f"the call to {address} was cancelled, there or by closing the connection") from None
     except (grpc.aio.UsageError, grpc.aio.InternalError, asyncio.InvalidStateError) as error:  # a call used after its end
         raise errors.NodeUnavailable(f"the connection to {address} is closed: {error}", remedy="call again: it connects anew") from None
 

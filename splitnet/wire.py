@@ -13,9 +13,9 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from splitnet.codecs import Buffer, get_codec
-from splitnet.errors import ProtocolError
+from splitnet.errors import BadInput, ProtocolError
 from splitnet.rpc.v1 import node_pb2 as pb
-from splitnet.tensors import aligned_empty, dtype_name, numpy_dtype
+from splitnet.tensors import TensorSpec, aligned_empty, dtype_name, numpy_dtype
 
 __all__ = [
     "CHUNK_BYTES",
@@ -25,6 +25,8 @@ __all__ = [
     "TensorAssembler",
     "decode_frame",
     "encode_frame",
+    "spec_from_message",
+    "spec_to_message",
     "tensor_chunks",
 ]
 
@@ -116,6 +118,19 @@ def _varint(value: int) -> bytes:
 
 
 # ----------------------------------------------------------------------------------------------------------------- tensors
+
+
+def spec_to_message(spec: TensorSpec) -> pb.TensorSpec:
+    return pb.TensorSpec(name=spec.name, dtype=spec.dtype, shape=[str(size) for size in spec.shape])
+
+
+def spec_from_message(message: pb.TensorSpec) -> TensorSpec:
+    """Raises ProtocolError for an element type that this version does not know."""
+    shape = tuple(int(size) if size.isascii() and size.isdigit() and len(size) < 19 else size for size in message.shape)
+    try:
+        return TensorSpec(message.name, message.dtype, shape)
+    except BadInput as error:
+        raise ProtocolError(error.message, remedy="run the same version of splitnet on both sides") from None
 
 
 def tensor_chunks(name: str, array: np.ndarray, codec: str = "raw", chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[pb.TensorChunk, Buffer]]:

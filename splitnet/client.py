@@ -1,0 +1,255 @@
+"""The client: sends tensors to a deployment's ingress and receives its answers. `splitnet.Client` is the blocking twin.
+
+The story of one request stands in `AsyncClient.infer`; the stream that all requests share is `splitnet.exchange`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import math
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
+from types import TracebackType
+from typing import Any, Self
+
+import grpc.aio
+import numpy as np
+
+from splitnet import channel
+from splitnet.deployment import Deployment, Inputs, as_arrays, choose
+from splitnet.errors import BadInput, DeadlineExceeded, Overloaded, SplitnetError
+from splitnet.exchange import Exchange
+from splitnet.rpc.v1 import node_pb2 as pb
+from splitnet.tensors import TensorSpec
+
+__all__ = ["AsyncClient"]
+
+_RETRY_S = 0.05  #: when an overloaded node does not say when to come back
+_END = object()
+
+
+class AsyncClient:
+    """A client of one deployment.
+
+        async with AsyncClient("10.0.0.5:7001") as client:
+            outputs = await client.infer({"pixel_values": array})
+
+    `address` is the ingress: the node of the plan's first stage. `deployment` may be left out where the node takes requests for only
+    one. `timeout_s` holds for each request, from the call to the answer, connecting included.
+
+    Any number of tasks of one event loop may call at once; all requests share one connection. It is made at the first call (or on
+    `async with`). When it breaks, the requests under way fail with NodeUnavailable and are not sent again by themselves, because
+    whether they were computed is not known; the next call connects anew and asks the node again what it serves. After a failed attempt
+    calls fail at once for up to a second before the next attempt.
+    """
+
+    def __init__(self, address: str, deployment: str = "", *, timeout_s: float = 60.0) -> None:
+        self.address = address
+        self.timeout_s = _positive(timeout_s)
+        self._wanted = deployment
+        self._deployment: Deployment | None = None
+        self._channel: grpc.aio.Channel | None = None
+        self._exchange: Exchange | None = None
+        self._connecting = asyncio.Lock()
+        self._closed = False
+        self._requests = (f"{secrets.token_hex(8)}-{number}" for number in itertools.count())
+
+    # --------------------------------------------------------------------------------------------------------------- requests
+
+    async def infer(self, inputs: Inputs, *, timeout_s: float | None = None, retry: bool = False) -> dict[str, np.ndarray]:
+        """The model's outputs for these inputs, by name.
+
+        `inputs` maps names to arrays (or lists, or torch tensors on the CPU); for a model with one input it may be the array alone.
+        They are checked here before anything is sent. No dtype is converted. The arrays must not change until the call returns. The
+        outputs are yours to write to.
+
+        Raises BadInput for inputs that do not fit, Overloaded when the pipeline is full (`retry=True`: waits as long as the node asks
+        and tries again, within the timeout), DeadlineExceeded, NodeUnavailable, or what a stage failed with. Cancelling the call, or
+        running out of time, tells the nodes to drop the request.
+        """
+        limit_s = self.timeout_s if timeout_s is None else _positive(timeout_s)
+        deadline = time.monotonic() + limit_s
+        async with self._limit(limit_s):
+            while True:
+                exchange, deployment = await self._connected()
+                arrays = as_arrays(inputs, deployment.inputs, deployment.max_tensor_bytes)
+                outputs = [spec.name for spec in deployment.outputs]
+                try:
+                    return await exchange.ask(next(self._requests), deployment.name, arrays, outputs, deadline)
+                except Overloaded as busy:
+                    wait_s = busy.retry_after_s or _RETRY_S
+                    if not retry or time.monotonic() + wait_s >= deadline:
+                        raise
+                await asyncio.sleep(wait_s)
+
+    async def stream(
+        self, batches: Iterable[Inputs] | AsyncIterable[Inputs], *, window: int | None = None, timeout_s: float | None = None
+    ) -> AsyncGenerator[dict[str, np.ndarray], None]:
+        """The outputs for each of many inputs, in their order, with the pipeline kept full.
+
+        `window` requests are under way at once: as many as the deployment takes, unless you want fewer. `batches` is read only as far
+        ahead as that, so it may be endless and memory stays bounded. A plain iterable is read in the event loop, so it must not
+        block; use an asynchronous one where it may. `timeout_s` holds for each batch, from when it is sent. A full pipeline is waited for.
+
+        When a batch fails, the batches before it have been yielded, then its error is raised with its index in `error.batch`; the
+        batches under way behind it are cancelled and the stream has ended. To go on, call again with the batches after that index.
+        Closing the generator early (`contextlib.aclosing`) cancels what is under way.
+        """
+        width = await self.window(window)
+        source = _Source(batches)
+        pull: asyncio.Task[Any] | None = None
+        under_way: deque[asyncio.Task[Any]] = deque()
+        index, more = 0, True
+        try:
+            while more or under_way:
+                if more and pull is None and len(under_way) < width:
+                    pull = asyncio.create_task(source.next())
+                waited = [task for task in (pull, *itertools.islice(under_way, 1)) if task is not None]
+                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+                if pull is not None and pull.done():
+                    more = pull.exception() is None and pull.result() is not _END
+                    if pull.exception() is not None:
+                        under_way.append(pull)  # the caller's own error comes out at its place, too
+                    elif more:
+                        under_way.append(asyncio.create_task(self.infer_batch(index, pull.result(), timeout_s=timeout_s)))
+                    pull, index = None, index + 1
+                elif under_way and under_way[0].done():
+                    yield under_way.popleft().result()
+        finally:
+            await _cancel([*under_way, *([pull] if pull is not None else [])])
+
+    async def window(self, wanted: int | None) -> int:
+        """How many requests `stream` keeps under way. Connects if need be."""
+        if wanted is not None and wanted < 1:
+            raise BadInput(f"window must be at least 1, got {wanted}")
+        await self.connect()
+        return min(wanted or self.max_in_flight, self.max_in_flight)
+
+    async def infer_batch(self, index: int, inputs: Inputs, *, timeout_s: float | None = None) -> dict[str, np.ndarray]:
+        """One batch of a stream: `infer` that waits where the pipeline is full and says which batch failed."""
+        try:
+            return await self.infer(inputs, timeout_s=timeout_s, retry=True)
+        except SplitnetError as error:
+            error.batch, error.message = index, f"batch {index}: {error.message}"
+            raise
+
+    # ------------------------------------------------------------------------------------------------------------ what is there
+
+    async def describe(self) -> Deployment:
+        """Asks the node what it serves now. Raises as `connect`."""
+        async with self._limit(self.timeout_s):
+            self._deployment = await self._describe()
+            return self._deployment
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What goes in. Known once connected."""
+        return self._known().inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What comes out. Known once connected."""
+        return self._known().outputs
+
+    @property
+    def max_in_flight(self) -> int:
+        """How many requests the deployment takes at once, from all its clients. Known once connected."""
+        return self._known().max_in_flight
+
+    def _known(self) -> Deployment:
+        if self._deployment is None:
+            raise BadInput("the client has not connected yet", remedy="use `async with`, or await client.connect() first")
+        return self._deployment
+
+    # ------------------------------------------------------------------------------------------------------------- connection
+
+    async def connect(self) -> None:
+        """Connects unless connected. Raises NodeUnavailable, DeadlineExceeded, NotFound (no such deployment, or several and none was
+        named) or NotPermitted (another node takes its requests)."""
+        async with self._limit(self.timeout_s):
+            await self._connected()
+
+    async def close(self) -> None:
+        """Ends the connection; calls under way fail with Cancelled. Idempotent."""
+        self._closed = True
+        if self._exchange is not None:
+            await self._exchange.close()
+        if self._channel is not None:
+            await self._channel.close(None)
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.connect()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    async def _connected(self) -> tuple[Exchange, Deployment]:
+        async with self._connecting:
+            if self._closed:
+                raise BadInput("the client is closed", remedy="make a new one")
+            if self._exchange is None or self._deployment is None or self._exchange.broken is not None:
+                if self._exchange is not None:
+                    await self._exchange.close()
+                self._deployment = await self._describe()
+                self._exchange = Exchange(self._connection(), self.address)
+            return self._exchange, self._deployment
+
+    async def _describe(self) -> Deployment:
+        with channel.translated(self.address):
+            reply = await channel.stub(self._connection()).Describe(pb.DescribeRequest())
+        return choose(reply, self._wanted, self.address)
+
+    def _connection(self) -> grpc.aio.Channel:
+        if self._channel is None:
+            self._channel = channel.open_channel(self.address)
+        return self._channel
+
+    @contextlib.asynccontextmanager
+    async def _limit(self, limit_s: float) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(limit_s):
+                yield
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"no answer from {self.address} within {limit_s:g} s",
+                remedy="raise timeout_s, or see `splitnet status` for what the nodes are doing",
+            ) from None
+
+
+class _Source:
+    """Reads a plain or an asynchronous iterable, one item at a time."""
+
+    def __init__(self, batches: Iterable[Inputs] | AsyncIterable[Inputs]) -> None:
+        self._later: AsyncIterator[Inputs] | None = None
+        self._now: Iterator[Inputs] | None = None
+        if isinstance(batches, AsyncIterable):
+            self._later = aiter(batches)
+        else:
+            self._now = iter(batches)
+
+    async def next(self) -> Inputs | object:
+        """The next item, or _END."""
+        if self._later is not None:
+            return await anext(self._later, _END)
+        return next(self._now, _END) if self._now is not None else _END
+
+
+async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _positive(timeout_s: float) -> float:
+    if not (timeout_s > 0 and math.isfinite(timeout_s)):
+        raise BadInput(f"timeout_s must be positive and finite, got {timeout_s}")
+    return float(timeout_s)

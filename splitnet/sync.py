@@ -1,0 +1,129 @@
+"""The blocking client: `AsyncClient` behind one background thread, with the same surface."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Coroutine, Generator, Iterable
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+
+from splitnet.client import AsyncClient
+from splitnet.deployment import Deployment, Inputs
+from splitnet.errors import BadInput
+from splitnet.tensors import TensorSpec
+
+__all__ = ["Client"]
+
+_T = TypeVar("_T")
+
+
+class Client:
+    """A client of one deployment; see `AsyncClient` for what the arguments mean and what a break leaves behind.
+
+        with Client("10.0.0.5:7001") as client:
+            outputs = client.infer({"pixel_values": array})
+
+    Any number of threads may call at once. Owns one daemon thread from construction to `close`.
+    """
+
+    def __init__(self, address: str, deployment: str = "", *, timeout_s: float = 60.0) -> None:
+        self._client = AsyncClient(address, deployment, timeout_s=timeout_s)
+        self._loop = asyncio.new_event_loop()
+        self._closing = threading.Lock()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=f"splitnet client of {address}", daemon=True)
+        self._thread.start()
+
+    @property
+    def address(self) -> str:
+        return self._client.address
+
+    def infer(self, inputs: Inputs, *, timeout_s: float | None = None, retry: bool = False) -> dict[str, np.ndarray]:
+        """As `AsyncClient.infer`. An interrupt (Ctrl-C) cancels the request on the nodes."""
+        return self._wait(self._client.infer(inputs, timeout_s=timeout_s, retry=retry))
+
+    def stream(
+        self, batches: Iterable[Inputs], *, window: int | None = None, timeout_s: float | None = None
+    ) -> Generator[dict[str, np.ndarray], None, None]:
+        """As `AsyncClient.stream`. `batches` is read in the calling thread, whenever outputs are asked for; where reading blocks,
+        outputs that are ready wait for one read at most."""
+        width = self._wait(self._client.window(window))
+        under_way: deque[Future[dict[str, np.ndarray]]] = deque()
+        try:
+            for index, batch in enumerate(batches):
+                under_way.append(self._start(self._client.infer_batch(index, batch, timeout_s=timeout_s)))
+                while under_way and (len(under_way) >= width or under_way[0].done()):
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            for future in under_way:
+                future.cancel()
+
+    def describe(self) -> Deployment:
+        """As `AsyncClient.describe`."""
+        return self._wait(self._client.describe())
+
+    def connect(self) -> None:
+        """As `AsyncClient.connect`."""
+        self._wait(self._client.connect())
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What goes in. Connects if need be."""
+        return self._known().inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What comes out. Connects if need be."""
+        return self._known().outputs
+
+    @property
+    def max_in_flight(self) -> int:
+        """How many requests the deployment takes at once, from all its clients. Connects if need be."""
+        return self._known().max_in_flight
+
+    def close(self) -> None:
+        """As `AsyncClient.close`; ends the thread. Idempotent. Not to be called from two threads while others still call."""
+        with self._closing:
+            if self._loop.is_closed():
+                return
+            try:
+                self._wait(self._client.close())
+            finally:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join()
+                self._loop.close()
+
+    def __enter__(self) -> Self:
+        try:
+            self.connect()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _known(self) -> AsyncClient:
+        self.connect()
+        return self._client
+
+    def _start(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
+        if self._loop.is_closed():
+            work.close()
+            raise BadInput("the client is closed", remedy="make a new one")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _wait(self, work: Coroutine[Any, Any, _T]) -> _T:
+        future = self._start(work)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # no effect on what has ended
+            raise
