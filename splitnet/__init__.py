@@ -62,7 +62,7 @@ __all__ = [
 _MODULES: dict[str, tuple[str, ...]] = {
     "splitnet.client": ("AsyncClient",),
     "splitnet.cluster": ("Cluster", "ClusterNode", "Link"),
-    "splitnet.deploy": ("deploy", "deploy_async", "status", "status_async", "undeploy", "undeploy_async"),
+    "splitnet.install": ("deploy", "deploy_async", "status", "status_async", "undeploy", "undeploy_async"),
     "splitnet.plan": ("Alternative", "NodeRef", "OutputSpec", "Plan", "Prediction", "StageSpec", "Transfer"),
     "splitnet.shard": ("Shard", "open_shard"),
     "splitnet.sync": ("Client",),
@@ -96,7 +96,6 @@ sys.modules[__name__].__class__ = _Package
 if TYPE_CHECKING:
     from splitnet.client import AsyncClient
     from splitnet.cluster import Cluster, ClusterNode, Link
-    from splitnet.deploy import deploy, deploy_async, status, status_async, undeploy, undeploy_async
     from splitnet.errors import (
         AlreadyExists,
         BadCluster,
@@ -121,6 +120,7 @@ if TYPE_CHECKING:
         StorageFailure,
         UserError,
     )
+    from splitnet.install import deploy, deploy_async, status, status_async, undeploy, undeploy_async
     from splitnet.plan import Alternative, NodeRef, OutputSpec, Plan, Prediction, StageSpec, Transfer
     from splitnet.shard import Shard, open_shard
     from splitnet.sync import Client

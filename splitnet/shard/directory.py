@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from splitnet.errors import BadShard
+from splitnet.graph import parse
 from splitnet.shard.manifest import (
     DEFAULT_LIMITS,
     ENGINE_FORMATS,
@@ -19,7 +20,6 @@ from splitnet.shard.manifest import (
     check_member_name,
     fault,
     looks_pickled_name,
-    strict_json,
 )
 from splitnet.shard.weights import looks_pickled, read_header
 from splitnet.tensors import TensorSpec
@@ -167,11 +167,6 @@ def hash_file(path: Path) -> str:
 
 
 def _check_graph(data: bytes, place: str) -> None:
-    try:
-        from splitnet.graph import parse  # imported where needed: reading a manifest does not need it
-    except ImportError:
-        strict_json(data, place)
-        return
     try:
         parse(data)
     except BadShard as error:

@@ -1,0 +1,191 @@
+"""`splitnet deploy`, `splitnet status`, `splitnet unload`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from splitnet.cluster import Cluster
+from splitnet.errors import BadPlan
+from splitnet.plan import Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from splitnet.install import Progress
+    from splitnet.node_status import NodeStatus
+
+__all__ = ["deploy", "status", "unload"]
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command()
+@click.argument("plan", type=_FILE)
+@click.option("--name", default="", help="The deployment's name; made of the model's if not given.")
+@click.option(
+    "--shards", type=click.Path(path_type=Path), help="Where the shards are, one folder (or .zip) per stage.  [default: PLAN.shards]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def deploy(plan: Path, name: str, shards: Path | None, as_json: bool) -> None:
+    """Ship the shards of a PLAN to its nodes, verify and activate them.
+
+    A node that holds a part already is not sent it again, and an upload that broke off goes on where it stopped. Either all nodes
+    serve the plan in the end, or none does.
+
+    \b
+    Example: what `splitnet plan ... -o plan.json` has left here
+      splitnet deploy plan.json --name search
+    """
+    from splitnet.install import deploy as install
+
+    loaded = Plan.load(plan)
+    found = _find_shards(loaded, shards or plan.with_suffix(".shards"))
+    with _progress() as on_progress:
+        deployed = install(loaded, found, name=name, on_progress=on_progress)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(deployed), indent=1, sort_keys=True))
+        return
+    click.echo(f"deployed {deployed.name!r}: send requests to {deployed.ingress}")
+    rows = [("node", "stages", "sent", "loaded in")]
+    for node, sent_bytes in deployed.sent_bytes.items():
+        stages = ", ".join(stage.name for stage in loaded.stages if stage.node == node)
+        rows.append((node, stages, _size(sent_bytes) if sent_bytes else "nothing new", f"{deployed.load_s[node]:.2f} s"))
+    _table(rows)
+
+
+@click.command()
+@click.option("--cluster", "where", type=_FILE, required=True, help="cluster.toml, or a plan.")
+@click.option("--json", "as_json", is_flag=True, help="Print what the nodes say as JSON.")
+@click.pass_context
+def status(ctx: click.Context, where: Path, as_json: bool) -> None:
+    """Show what each node of a cluster holds and does.
+
+    Exit status 1 when a node does not answer.
+
+    \b
+    Example: every second, by another program's means
+      watch -n 1 splitnet status --cluster cluster.toml
+    """
+    from splitnet.install import status as ask
+
+    nodes = ask(_nodes(where))
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(node) for node in nodes], indent=1, sort_keys=True))
+    else:
+        _show(nodes)
+    if any(node.error for node in nodes):
+        ctx.exit(1)
+
+
+@click.command()
+@click.argument("name")
+@click.option("--cluster", "where", type=_FILE, required=True, help="cluster.toml, or the plan.")
+@click.option(
+    "--drain",
+    "drain_s",
+    type=click.FloatRange(min=0, max=3600),
+    default=5.0,
+    show_default=True,
+    help="Seconds that requests in flight may still take.",
+)
+@click.option("--delete", "delete_blobs", is_flag=True, help="Also delete shards that no deployment uses from the nodes' disks.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def unload(name: str, where: Path, drain_s: float, delete_blobs: bool, as_json: bool) -> None:
+    """Take the deployment NAME off the nodes that hold it.
+
+    \b
+    Example: also free the disk
+      splitnet unload search --cluster cluster.toml --delete
+    """
+    from splitnet.install import undeploy
+
+    nodes = undeploy(_nodes(where), name, drain_s=drain_s, delete_blobs=delete_blobs)
+    click.echo(json.dumps({"name": name, "nodes": nodes}) if as_json else f"unloaded {name!r} from {', '.join(nodes)}")
+
+
+def _find_shards(plan: Plan, directory: Path) -> dict[str, str | Path]:
+    """A folder or a packed file per stage. Raises BadPlan that names what is missing."""
+    found: dict[str, str | Path] = {}
+    for stage in plan.stages:
+        folder, packed = directory / stage.name, directory / f"{stage.name}.zip"
+        if not folder.is_dir() and not packed.is_file():
+            raise BadPlan(
+                f"no shard for stage {stage.name!r}: neither {str(folder)!r} nor {str(packed)!r} is there",
+                remedy="run `splitnet plan` again, which cuts the model, or say with --shards where the shards are",
+            )
+        found[stage.name] = folder if folder.is_dir() else packed
+    return found
+
+
+def _nodes(path: Path) -> Cluster | Plan:
+    """A plan knows its nodes as a cluster does."""
+    return Plan.load(path) if path.suffix == ".json" else Cluster.load(path)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Progress], None] | None]:
+    """A bar on a terminal (stderr, so that the result can be piped); nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with click.progressbar(length=0, label="shipping", file=sys.stderr, show_pos=False, item_show_func=lambda item: item) as bar:
+
+        def on_progress(progress: Progress) -> None:
+            bar.length = max(1, progress.total_bytes)
+            bar.label = "shipping  " if progress.phase == "ship" else "activating"
+            bar.update(progress.held_bytes - bar.pos, f"{progress.node}  {_size(progress.held_bytes)} of {_size(progress.total_bytes)}")
+
+        yield on_progress
+
+
+def _show(nodes: Sequence[NodeStatus]) -> None:
+    rows = [("node", "address", "device", "memory", "deployment", "stage", "requests", "failed", "in flight", "link to", "sent")]
+    for node in nodes:
+        if node.error:
+            rows.append((node.name, node.address, "-", "-", "does not answer", *[""] * 6))
+            continue
+        limit = f" of {_size(node.memory_limit_bytes)}" if node.memory_limit_bytes else ""
+        notes = (" draining" if node.draining else "") + (" INSECURE" if node.insecure else "")
+        left = [node.name + notes, node.address, node.device, _size(node.memory_used_bytes) + limit]
+        work = [
+            (deployment.name + ("*" if deployment.ingress else ""), s.name, str(s.requests), str(s.failures), str(deployment.in_flight))
+            for deployment in node.deployments
+            for s in deployment.stages
+        ]
+        links = [(link.target + ("" if link.connected else " (down)"), _size(link.sent_bytes)) for link in node.links]
+        for i in range(max(1, len(work), len(links))):
+            row = (
+                *(left if i == 0 else [""] * 4),
+                *(work[i] if i < len(work) else ("",) * 5),
+                *(links[i] if i < len(links) else ("",) * 2),
+            )
+            rows.append(row)
+    _table(rows)
+    if any(deployment.ingress for node in nodes for deployment in node.deployments):
+        click.echo("* takes the requests of clients")
+    for node in nodes:
+        if node.error:
+            click.echo(f"node {node.name!r} at {node.address}: {node.error}", err=True)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _size(size_bytes: int) -> str:
+    size = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -1,0 +1,153 @@
+"""What each node of a cluster holds and does, as its Describe call tells."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from splitnet.channel import open_channel, stub, translated
+from splitnet.cluster import Cluster, ClusterNode
+from splitnet.errors import ServiceError
+from splitnet.plan import NodeRef, Plan
+from splitnet.rpc.v1 import node_pb2 as pb
+
+__all__ = ["DeploymentStatus", "LinkStatus", "NodeStatus", "StageStatus", "describe_node", "status_of"]
+
+DESCRIBE_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class StageStatus:
+    """Totals since activation; seconds spent waiting for the engine, decoding, computing, encoding and sending."""
+
+    name: str
+    engine: str
+    requests: int
+    failures: int
+    wait_s: float
+    decode_s: float
+    compute_s: float
+    encode_s: float
+    send_s: float
+    reserved_bytes: int
+    queued: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkStatus:
+    """An outbound link: payload bytes after (`sent_bytes`) and before (`raw_bytes`) the codec."""
+
+    target: str
+    address: str
+    sent_bytes: int
+    raw_bytes: int
+    frames: int
+    connected: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentStatus:
+    name: str
+    model: str
+    plan_sha256: str
+    ingress: bool  # this node takes the clients' requests
+    max_in_flight: int
+    in_flight: int
+    stages: tuple[StageStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """A node as the cluster (or plan) names it, and what it says. `error` is why it could not be asked; empty when it answered."""
+
+    name: str
+    address: str
+    error: str = ""
+    version: str = ""
+    device: str = ""
+    threads: int = 0
+    engines: tuple[str, ...] = ()
+    codecs: tuple[str, ...] = ()
+    memory_limit_bytes: int = 0  # 0: no limit
+    memory_used_bytes: int = 0  # what the active stages reserved
+    process_memory_bytes: int = 0
+    uptime_s: float = 0.0
+    draining: bool = False
+    insecure: bool = False  # plaintext on an address that is not loopback
+    deployments: tuple[DeploymentStatus, ...] = ()
+    links: tuple[LinkStatus, ...] = ()
+
+    def deployment(self, name: str) -> DeploymentStatus | None:
+        return next((d for d in self.deployments if d.name == name), None)
+
+
+async def status_of(nodes: Cluster | Plan | Iterable[NodeRef], *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> list[NodeStatus]:
+    """Asks every node at once. One that cannot be reached, or fails to answer in time, stands in the list with its `error`."""
+    members: Sequence[NodeRef | ClusterNode] = list(nodes.nodes if isinstance(nodes, Cluster | Plan) else nodes)
+
+    async def ask(name: str, address: str) -> NodeStatus:
+        try:
+            return await describe_node(name, address, timeout_s=timeout_s)
+        except ServiceError as error:
+            return NodeStatus(name, address, error=error.message)
+
+    return list(await asyncio.gather(*(ask(member.name, member.address) for member in members)))
+
+
+async def describe_node(name: str, address: str, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> NodeStatus:
+    """Raises NodeUnavailable or DeadlineExceeded, with the node's name."""
+    try:
+        async with open_channel(address) as channel:
+            with translated(address):
+                reply = await stub(channel).Describe(pb.DescribeRequest(), timeout=timeout_s)
+    except ServiceError as error:
+        raise error.at(node=name) from None
+    return _from_reply(name, address, reply)
+
+
+def _from_reply(name: str, address: str, reply: pb.DescribeReply) -> NodeStatus:
+    return NodeStatus(
+        name,
+        address,
+        version=reply.version,
+        device=reply.device,
+        threads=reply.threads,
+        engines=tuple(reply.engines),
+        codecs=tuple(reply.codecs),
+        memory_limit_bytes=reply.memory_limit_bytes,
+        memory_used_bytes=reply.memory_used_bytes,
+        process_memory_bytes=reply.process_memory_bytes,
+        uptime_s=reply.uptime_s,
+        draining=reply.draining,
+        insecure=reply.insecure,
+        deployments=tuple(_deployment(deployment) for deployment in reply.deployments),
+        links=tuple(LinkStatus(s.target, s.address, s.sent_bytes, s.raw_bytes, s.frames, s.connected) for s in reply.links),
+    )
+
+
+def _deployment(status: pb.DeploymentStatus) -> DeploymentStatus:
+    return DeploymentStatus(
+        status.name,
+        status.model,
+        status.plan_sha256,
+        ingress=status.ingress,
+        max_in_flight=status.max_in_flight,
+        in_flight=status.in_flight,
+        stages=tuple(
+            StageStatus(
+                s.name,
+                s.engine,
+                s.requests,
+                s.failures,
+                s.wait_s,
+                s.decode_s,
+                s.compute_s,
+                s.encode_s,
+                s.send_s,
+                s.reserved_bytes,
+                s.queued,
+            )
+            for s in status.stages
+        ),
+    )
