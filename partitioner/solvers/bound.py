@@ -2,30 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from partitioner.solvers.problem import Floats
+from splitnet.cluster import Link
 
-__all__ = ["bottleneck_bound", "latency_bound"]
+__all__ = ["Fastest", "bottleneck_bound", "latency_bound"]
 
 _STEPS = 60
 
 
-def latency_bound(seconds: Floats, predecessors: Mapping[int, Sequence[int]], single: Sequence[float], shortest_link_s: float) -> float:
-    """Seconds below which no plan's latency can be. `seconds` is (M, L), operators in a topological order; `predecessors` of each;
-    `single` the latencies of the devices that can take the whole model; `shortest_link_s` the least latency of any link.
+@dataclass(frozen=True)
+class Fastest:
+    """The best link of the cluster in each respect: no transfer is quicker."""
 
-    A plan runs on one device, or it crosses a link, and its longest path takes at least what the fastest device of each
-    operator takes. (Where an operator graph falls apart into unconnected pieces, nothing need cross: give 0.)
+    latency_s: float
+    bandwidth_bytes_per_s: float
+
+    @classmethod
+    def of(cls, links: Iterable[Link]) -> Fastest:
+        links = list(links)
+        return cls(min((link.latency_s for link in links), default=0.0), max((link.bandwidth_bytes_per_s for link in links), default=1.0))
+
+
+def latency_bound(seconds: Floats, uses: Mapping[int, Mapping[int, float]], single: Sequence[float], fastest: Fastest) -> float:
+    """Seconds below which no plan's latency can be.
+
+    seconds: (M, L), operators in a topological order. uses: for each operator the operators that it uses, with the bytes that would be
+    sent. single: the latencies of the devices that can take the whole model.
+
+    A plan runs on one device alone, or it takes at least as long as the path P that is longest when each operator runs on its fastest
+    device. More: P lies wholly on one device, or it crosses a link.
     """
-    fastest = seconds.min(axis=0)
-    done = np.zeros(seconds.shape[1])
-    for i in range(seconds.shape[1]):
-        done[i] = fastest[i] + max((done[p] for p in predecessors.get(i, ())), default=0.0)
-    split = float(done.max(initial=0.0)) + shortest_link_s
-    return min([split, *single])
+    count = seconds.shape[1]
+    quickest = seconds.min(axis=0)
+    done = np.zeros(count)
+    came = np.full(count, -1)
+    for i in range(count):
+        if before := uses.get(i):
+            came[i] = max(before, key=done.__getitem__)
+            done[i] = done[came[i]]
+        done[i] += quickest[i]
+    path = [int(done.argmax())]
+    while came[path[-1]] >= 0:
+        path.append(int(came[path[-1]]))
+    length = float(done.max())
+    smallest = min((uses[i][int(came[i])] for i in path[:-1]), default=0.0)
+    crossing = fastest.latency_s + smallest / fastest.bandwidth_bytes_per_s if smallest else 0.0
+    together = float(seconds[:, path].sum(axis=1).min())
+    return min([max(length, min(length + crossing, together)), *single])
 
 
 def bottleneck_bound(seconds: Floats) -> float:

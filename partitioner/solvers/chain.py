@@ -17,9 +17,9 @@ import numpy as np
 from partitioner.solvers.problem import Candidate, ChainProblem, Floats, Objective
 from splitnet.errors import BadInput
 
-__all__ = ["MAX_FIGURES", "MinMax", "MinSum", "candidates", "solve_chain"]
+__all__ = ["MAX_FIGURES", "MinMax", "MinSum", "candidates", "is_solvable", "solve_chain"]
 
-MAX_FIGURES = 1 << 27  #: of the table: 1 GiB of float64
+MAX_FIGURES = 1 << 26  #: of the table: half a GiB of float64
 
 
 def solve_chain(problem: ChainProblem, objective: Objective, *, stages: range | None = None) -> Candidate | None:
@@ -58,6 +58,12 @@ def candidates(problem: ChainProblem, objective: Objective, *, stages: range | N
     yield from (c for c in table.candidates() if c.value_s > best)
 
 
+def is_solvable(devices: int, operators: int, most_stages: int) -> bool:
+    """Whether the table of so many devices, operators and stages stays within `MAX_FIGURES`."""
+    sets = sum(math.comb(devices, k) * k * k for k in range(1, min(most_stages, devices) + 1))
+    return sets * (operators + 1) <= MAX_FIGURES
+
+
 class _Table:
     """best[mask][last, first, i]: the least cost of running operators [0, i) on exactly the devices of `mask`, where `last` runs the last
     interval and `first` the first (indices into the sorted members of the mask).
@@ -73,8 +79,7 @@ class _Table:
         self.devices = compute.shape[0]
         self.length = compute.shape[1] - 1
         self.most = min(max(allowed, default=0), self.devices, self.length)
-        figures = sum(math.comb(self.devices, k) * k * k for k in range(1, self.most + 1)) * (self.length + 1)
-        if figures > MAX_FIGURES:
+        if not is_solvable(self.devices, self.length, self.most):
             raise BadInput(
                 f"{self.devices} nodes with up to {self.most} stages over {self.length} operators are too many for an exact plan",
                 remedy="allow fewer stages (max_stages), or leave out some nodes",

@@ -27,17 +27,14 @@ def why_no_plan(problem: ChainProblem, operators: Sequence[str], stages: range |
     excess = np.where(order, excess, np.inf)
     pairs = np.isfinite(problem.latency)[:, :, None] | (problem.cut_bytes == 0)
     back = np.isfinite(problem.latency) | (problem.return_bytes == 0)
-    linked = MinMax(excess, np.where(pairs, 0.0, np.inf), np.where(back, 0.0, np.inf), allowed).best_candidate()
-    if linked is not None and linked.value_s > 0:
-        return _too_little_memory(problem, operators, linked)
     fits = np.where(excess > 0, np.inf, 0.0)
     joined = MinSum(fits, np.where(pairs, 0.0, 1.0), np.where(back, 0.0, 1.0), allowed).best_candidate()
     if joined is not None:
         return _missing_link(problem, joined, pairs, back)
-    anyhow = MinMax(excess, np.zeros(pairs.shape), np.zeros(back.shape), allowed).best_candidate()
-    if anyhow is None:
-        raise AssertionError("an unconstrained chain has a solution")
-    return _too_little_memory(problem, operators, anyhow)
+    tightest = MinMax(excess, np.where(pairs, 0.0, np.inf), np.where(back, 0.0, np.inf), allowed).best_candidate()
+    tightest = tightest or MinMax(excess, np.zeros(pairs.shape), np.zeros(back.shape), allowed).best_candidate()
+    assert tightest is not None, "an unconstrained chain has a solution"
+    return _too_little_memory(problem, operators, tightest)
 
 
 def _too_little_memory(problem: ChainProblem, operators: Sequence[str], candidate: Candidate) -> NoPlan:
@@ -63,7 +60,6 @@ def _too_little_memory(problem: ChainProblem, operators: Sequence[str], candidat
     return NoPlan(
         f"the model does not fit: {bytes_text(missing)} of memory are missing; {where} (the whole model needs {bytes_text(whole)} on one node, "
         f"all nodes together have {bytes_text(together)})",
-        node=problem.devices[device],
         remedy="raise the nodes' memory limits, add a node, or take a smaller batch",
     )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from partitioner.solvers.bound import bottleneck_bound, latency_bound
+from partitioner.solvers.bound import Fastest, bottleneck_bound, latency_bound
+from partitioner.solvers.chain import is_solvable
 from partitioner.solvers.problem import Objective
 from partitioner.solvers.reading import read_graph
 from partitioner.solvers.select import alternatives, select
@@ -58,16 +59,15 @@ def solve(
     best = select(costs.problem, goal, costs.realise, costs.links, costs.names, allowed, exact=costs.is_chain)
     cost = best.cost
     reached = cost.objective_s(goal)
-    if costs.is_chain:
-        everything = stage_range(len(devices), None, None)
+    everything = stage_range(len(devices), None, None)
+    if costs.is_chain and (allowed == everything or is_solvable(len(devices), len(costs.names), len(devices))):
         free = (
             best if allowed == everything else select(costs.problem, goal, costs.realise, costs.links, costs.names, everything, exact=True)
         )
         bound = free.cost.objective_s(goal)
     elif goal == "latency":
-        nearest = min((link.latency_s for link in costs.links.values()), default=0.0)
         singles = [a.latency_s for a in alone if a.fits]
-        bound = latency_bound(costs.problem.seconds, costs.predecessors, singles, nearest if costs.is_connected else 0.0)
+        bound = latency_bound(costs.problem.seconds, costs.uses, singles, Fastest.of(costs.links.values()))
     else:
         bound = bottleneck_bound(costs.problem.seconds)
     return Plan(

@@ -44,9 +44,8 @@ class GraphCosts:
     outputs: tuple[OutputSpec, ...]
     activation_bytes: tuple[int, ...]
     param_bytes: tuple[int, ...]
-    predecessors: Mapping[int, Sequence[int]]
+    uses: Mapping[int, Mapping[int, float]]  # operator -> the operators that it uses, and the bytes
     is_chain: bool
-    is_connected: bool
 
     def realise(self, candidate: Candidate) -> Realised:
         """The stages and transfers of a candidate."""
@@ -151,9 +150,8 @@ def read_graph(graph: networkx.DiGraph, devices: Mapping[str, float], links: Map
         outputs=tuple(OutputSpec(sink.name, _spec(sink)) for sink in sinks),
         activation_bytes=activation_bytes,
         param_bytes=param_bytes,
-        predecessors={place[v]: [place[p] for p in graph.predecessors(v)] for v in vertices},
+        uses={place[v]: {place[u]: graph.edges[u, v]["bytes"] for u in graph.predecessors(v)} for v in vertices},
         is_chain=all(set(graph.predecessors(v)) == {u} for u, v in pairwise(vertices)),
-        is_connected=networkx.is_weakly_connected(graph) and all(value.bytes > 0 for value in values if value.users),
     )
 
 

@@ -1,0 +1,209 @@
+"""Graphs that are not chains, and input that cannot be planned for."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import networkx
+import pytest
+
+from partitioner.solvers import solve
+from splitnet.errors import BadInput, NoPlan, SplitnetError
+from splitnet.plan import Plan
+
+FAST = (1e9, 0.001)
+BOTH = {("a", "b"): FAST, ("b", "a"): FAST}
+
+
+def pair(**changes: object) -> networkx.DiGraph:
+    """Two operators on two devices."""
+    graph = networkx.DiGraph(name="pair")
+    graph.add_node("first", seconds={"a": 1.0, "b": 2.0}, param_bytes=100, activation_bytes=10)
+    graph.add_node("second", **({"seconds": {"a": 1.0, "b": 2.0}, "param_bytes": 100, "activation_bytes": 10} | changes))
+    graph.add_edge("first", "second", bytes=10)
+    return graph
+
+
+def random_dag(seed: int) -> tuple[networkx.DiGraph, dict[str, float], dict[tuple[str, str], tuple[float, float]]]:
+    rng = random.Random(seed)
+    names, count = ["a", "b", "c"], rng.randint(2, 6)
+    graph = networkx.DiGraph()
+    for v in range(count):
+        graph.add_node(f"v{v}", seconds={n: float(rng.randint(1, 20)) for n in names}, param_bytes=rng.randint(0, 20))
+        for u in range(v):
+            if (u == v - 1 and rng.random() < 0.8) or rng.random() < 0.3:
+                graph.add_edge(f"v{u}", f"v{v}", bytes=rng.choice([1, 8, 64]))
+    devices = {n: rng.choice([math.inf, 60.0]) for n in names}
+    return graph, devices, {p: (2.0 ** rng.randint(0, 6), float(rng.randint(0, 3))) for p in itertools.permutations(names, 2)}
+
+
+def any_assignment(
+    graph: networkx.DiGraph, devices: dict[str, float], links: dict[tuple[str, str], tuple[float, float]]
+) -> tuple[float, float]:
+    """The least latency and bottleneck of any assignment of single operators, with links and devices never in each other's way and
+    memory of parameters alone: what no plan can beat."""
+    best = [math.inf, math.inf]
+    order = list(networkx.topological_sort(graph))
+    for choice in itertools.product(devices, repeat=len(order)):
+        where = dict(zip(order, choice, strict=True))
+        if any(sum(graph.nodes[v]["param_bytes"] for v in order if where[v] == d) > size for d, size in devices.items()):
+            continue
+        end: dict[str, float] = {}
+        for v in order:
+            arrivals = [0.0]
+            for u in graph.predecessors(v):
+                bandwidth, delay = links.get((where[u], where[v]), (math.inf, 0.0))
+                arrivals.append(end[u] + delay + graph.edges[u, v]["bytes"] / bandwidth)
+            end[v] = max(arrivals) + graph.nodes[v]["seconds"][where[v]]
+        best[0] = min(best[0], max(end.values()))
+        best[1] = min(best[1], max(sum(graph.nodes[v]["seconds"][d] for v in order if where[v] == d) for d in devices))
+    return best[0], best[1]
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_the_bound_holds_for_any_assignment(objective: str) -> None:
+    tight = 0
+    for seed in range(120):
+        graph, devices, links = random_dag(seed)
+        try:
+            plan = solve(graph, devices, links, objective)
+        except NoPlan:
+            continue
+        assert plan.prediction is not None
+        reached = plan.prediction.latency_s if objective == "latency" else 1 / plan.prediction.throughput_per_s
+        best = any_assignment(graph, devices, links)[objective == "throughput"]
+        is_chain = list(graph.edges) == [(f"v{k}", f"v{k + 1}") for k in range(len(graph) - 1)]
+        if not is_chain:  # a chain's bound is for plans that use each device once
+            assert plan.prediction.bound <= best + 1e-9, seed
+        assert plan.prediction.bound <= reached + 1e-9
+        assert best <= reached + 1e-9
+        tight += reached <= plan.prediction.bound * 1.2
+        assert Plan.from_json(plan.to_json()) == plan
+        assert reached <= min([math.inf, *(a.latency_s for a in plan.prediction.alternatives if a.fits)])
+    assert tight > 20
+
+
+def test_a_skip_connection_goes_directly() -> None:
+    graph = networkx.DiGraph()
+    for name in ("a", "b", "c"):
+        graph.add_node(name, seconds=dict.fromkeys("xyz", 1.0), param_bytes=10)
+    graph.add_edge("a", "b", bytes=1)
+    graph.add_edge("b", "c", bytes=1)
+    graph.add_edge("a", "c", bytes=4, tensor="skip")
+    links = dict.fromkeys(itertools.permutations("xyz", 2), (8.0, 0.0))
+    plan = solve(graph, dict.fromkeys("xyz", math.inf), links, stages=3)
+    assert {(t.source, t.target): t.bytes for t in plan.transfers} == {
+        ("stage0", "stage1"): 1,
+        ("stage0", "stage2"): 4,
+        ("stage1", "stage2"): 1,
+    }
+    assert plan.prediction is not None
+    assert plan.prediction.latency_s == 3 + 2 / 8  # the skip travels meanwhile
+
+
+def test_several_results_return_to_the_ingress() -> None:
+    graph = networkx.DiGraph()
+    graph.add_node("in", seconds={"a": 1.0, "b": 1.0}, param_bytes=5)
+    graph.add_node("left", seconds={"a": 1.0, "b": 1.0}, param_bytes=5, output_bytes=16)
+    graph.add_node("right", seconds={"a": 1.0, "b": 1.0}, param_bytes=5, output_bytes=32)
+    graph.add_edge("in", "left", bytes=4)
+    graph.add_edge("in", "right", bytes=4)
+    plan = solve(graph, {"a": math.inf, "b": math.inf}, {("a", "b"): (1.0, 0.0), ("b", "a"): (2.0, 0.0)}, stages=2)
+    assert {output.value for output in plan.outputs} == {"left", "right"}
+    assert sum(t.bytes for t in plan.transfers if not t.target) == 48
+
+
+def test_one_machine_alone_is_best_and_explain_says_so() -> None:
+    plan = solve(pair(), {"a": math.inf, "b": math.inf}, BOTH)
+    assert [stage.node for stage in plan.stages] == ["a"]
+    text = plan.explain()
+    assert "One machine alone is best for latency: 'a'" in text
+    assert "optimal" in text
+    forced = solve(pair(), {"a": math.inf, "b": math.inf}, BOTH, stages=2).explain()
+    assert "'a' alone would be 1.50x as fast as this plan, which was asked for" in forced
+    assert "within 50." in forced
+
+
+def test_explain_says_when_splitting_pays() -> None:
+    text = solve(pair(), {"a": math.inf, "b": math.inf}, BOTH, "throughput", stages=2).explain()
+    assert "Splitting gains nothing" in text
+    split = solve(pair(seconds={"a": 9.0, "b": 2.0}), {"a": math.inf, "b": math.inf}, BOTH, "throughput")
+    assert "Splitting pays: 2.00x the throughput of the best node alone ('b')" in split.explain()
+    tight = solve(pair(), {"a": 130.0, "b": 140.0}, BOTH).explain()
+    assert "fits on no single node" in tight
+    assert "no, too little memory" in tight
+
+
+def test_too_little_memory_says_how_much_and_where() -> None:
+    with pytest.raises(
+        NoPlan, match=r"50 B of memory are missing; in the arrangement that lacks least, node 'b' .* has 160 B .* needs 210 B"
+    ):
+        solve(pair(), {"a": 60.0, "b": 160.0}, BOTH)
+
+
+def test_an_operator_that_fits_nowhere_is_named() -> None:
+    with pytest.raises(NoPlan, match=r"operator 'second' alone needs 930 B, and the largest node has 150 B"):
+        solve(pair(param_bytes=900), {"a": 120.0, "b": 150.0}, BOTH)
+
+
+def test_a_missing_link_is_named() -> None:
+    with pytest.raises(NoPlan, match=r"no link 'a' -> 'b'|no link 'b' -> 'a'"):
+        solve(pair(), {"a": 130.0, "b": 140.0}, {})
+    graph = pair(output_bytes=8)
+    with pytest.raises(NoPlan, match=r"no link"):
+        solve(graph, {"a": 130.0, "b": 140.0}, {("a", "b"): FAST})
+
+
+def test_more_stages_than_operators() -> None:
+    with pytest.raises(NoPlan, match="3 stages were asked for, but there are 2 places"):
+        solve(pair(), {"a": 1e9, "b": 1e9}, BOTH, stages=3)
+
+
+@pytest.mark.parametrize(
+    ("graph", "devices", "links", "objective", "message"),
+    [
+        (networkx.DiGraph([("u", "v"), ("v", "u")]), {"a": 1}, {}, "latency", "cycle: "),
+        (networkx.DiGraph(), {"a": 1}, {}, "latency", "no vertex"),
+        (pair(), {}, {}, "latency", "no device"),
+        (pair(), {"a": 1, "b": 1}, {}, "beauty", "objective 'beauty' is neither"),
+        (pair(seconds={"a": 1.0}), {"a": 1, "b": 1}, {}, "latency", "vertex 'second' has no seconds for device 'b'"),
+        (pair(seconds={"a": math.nan, "b": 1}), {"a": 1, "b": 1}, {}, "latency", "vertex 'second': seconds on 'a': expected .* got nan"),
+        (pair(seconds={"a": -1.0, "b": 1}), {"a": 1, "b": 1}, {}, "latency", "vertex 'second': seconds on 'a': .*got -1.0"),
+        (pair(seconds={"a": "1", "b": 1}), {"a": 1, "b": 1}, {}, "latency", "seconds on 'a': expected a number, got '1'"),
+        (pair(param_bytes=-1), {"a": 1, "b": 1}, {}, "latency", "vertex 'second': param_bytes: .*got -1"),
+        (pair(), {"a": math.nan, "b": 1}, {}, "latency", "device 'a': memory: .*got nan"),
+        (pair(), {"a": 1, "b": 1}, {("a", "z"): FAST}, "latency", "link 'a' -> 'z': there is no device 'z'"),
+        (pair(), {"a": 1, "b": 1}, {("a", "b"): (0.0, 0.0)}, "latency", "link 'a' -> 'b': bandwidth: expected a positive"),
+        (pair(), {"a": 1, "b": 1}, {("a", "b"): (1.0, -1.0)}, "latency", "link 'a' -> 'b': latency: .*got -1.0"),
+    ],
+)
+def test_bad_input_names_the_item(graph: networkx.DiGraph, devices: dict, links: dict, objective: str, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        solve(graph, devices, links, objective)
+
+
+def test_edges_need_bytes_and_codecs_must_be_known() -> None:
+    graph = pair()
+    del graph.edges["first", "second"]["bytes"]
+    with pytest.raises(BadInput, match="edge 'first' -> 'second' has no 'bytes'"):
+        solve(graph, {"a": 1e9, "b": 1e9}, BOTH)
+    with pytest.raises(BadInput, match="codec 'mp3'"):
+        solve(pair(), {"a": 1e9, "b": 1e9}, BOTH, codecs=["raw", "mp3"])
+    with pytest.raises(BadInput, match="stages must be at least 1, got 0"):
+        solve(pair(), {"a": 1e9, "b": 1e9}, BOTH, stages=0)
+
+
+def test_too_many_devices_are_refused_and_fewer_stages_help() -> None:
+    names = [f"n{k}" for k in range(24)]
+    graph = networkx.DiGraph()
+    for k in range(30):
+        graph.add_node(f"v{k}", seconds=dict.fromkeys(names, 1.0))
+        if k:
+            graph.add_edge(f"v{k - 1}", f"v{k}", bytes=1)
+    links = dict.fromkeys(itertools.permutations(names, 2), (1e6, 0.0))
+    with pytest.raises(SplitnetError, match="too many for an exact plan"):
+        solve(graph, dict.fromkeys(names, math.inf), links, "throughput")
+    plan = solve(graph, dict.fromkeys(names, math.inf), links, "throughput", max_stages=2)
+    assert len(plan.stages) == 2
