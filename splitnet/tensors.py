@@ -75,7 +75,7 @@ class TensorSpec:
     def check(self, array: np.ndarray, symbols: dict[str, int]) -> None:
         """Raises BadInput unless `array` fits. `symbols` collects the size of each symbol seen, so that inputs which
         share a symbol must agree. A batch may not be empty."""
-        if dtype_name(array.dtype) != self.dtype:
+        if array.dtype != DTYPES[self.dtype]:
             raise BadInput(
                 f"input {self.name!r}: expected {self.dtype}, got {array.dtype}", remedy=f"convert it: array.astype({self.dtype!r})"
             )
