@@ -1,0 +1,118 @@
+"""The reference engine: a shard's graph document, run operator by operator with torch on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import torch
+
+from splitnet.errors import BadInput, BadShard
+from splitnet.graph import GraphDocument, WeightSpec, parse
+from splitnet.interpreter import Program
+from splitnet.shard import Shard
+
+__all__ = ["TorchGraphEngine", "to_array", "to_tensor"]
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_NUMBERS = {"int": int, "float": float, "bool": bool}
+
+
+class TorchGraphEngine:
+    """See `nodes.engines.base.Engine`. Bit for bit what the original module computes with the same number of threads."""
+
+    name: ClassVar[str] = "torch-graph"
+
+    def __init__(self, document: GraphDocument, weights: Mapping[str, torch.Tensor]) -> None:
+        self._inputs = document.inputs
+        self._outputs = document.outputs
+        self._memory_bytes = sum(w.nbytes for w in weights.values())
+        self._program = Program(document, torch, weights)
+
+    @classmethod
+    def load(cls, shard: Shard, *, threads: int) -> Self:
+        torch.set_num_threads(threads)
+        document = parse(shard.member("graph.json").read_bytes())
+        for what, listed, there in (
+            ("input", shard.manifest.inputs, [i.name for i in document.inputs]),
+            ("output", shard.manifest.outputs, list(document.outputs)),
+        ):
+            if sorted(spec.name for spec in listed) != sorted(there):
+                raise BadShard(f"{shard.path}: the manifest's {what}s are not the graph's", remedy="cut the model again")
+        return cls(document, _load_weights(shard, document.weights))
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        values: list[Any] = []
+        with torch.inference_mode():
+            for given in self._inputs:
+                try:
+                    array = inputs[given.name]
+                except KeyError:
+                    raise BadInput(f"input {given.name!r} is missing; the stage needs {', '.join(i.name for i in self._inputs)}") from None
+                values.append(to_tensor(array) if given.kind == "tensor" else _NUMBERS[given.kind](array.item()))
+            results = self._program.run(values)
+            return {name: to_array(value) for name, value in zip(self._outputs, results, strict=True)}
+
+    def memory_bytes(self) -> int:
+        return self._memory_bytes
+
+
+def to_tensor(array: np.ndarray) -> torch.Tensor:
+    """The same memory as a tensor with the same strides (a copy only where torch has no such strides: negative, or not whole
+    elements)."""
+    kind = array.dtype
+    if any(step < 0 or step % kind.itemsize for step in array.strides):
+        array = np.ascontiguousarray(array).reshape(array.shape)
+    if kind == _BFLOAT16:
+        array = array.view(np.int16)
+    if not array.flags.writeable:
+        array = np.asarray(_Writeable(array))
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if kind == _BFLOAT16 else tensor
+
+
+class _Writeable:
+    """torch has no read-only tensors and warns of read-only arrays. Graph documents hold functional operators only, so that
+    nothing is written: this presents the same memory without the flag."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._owner = array
+        address, _ = array.__array_interface__["data"]
+        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
+
+
+def to_array(value: torch.Tensor | float) -> np.ndarray:
+    """The same memory as an array with the same strides; a number becomes a 0-dimensional array."""
+    if not isinstance(value, torch.Tensor):
+        return np.array(value)  # int64, float64 or bool
+    value = value.detach().resolve_conj().resolve_neg()
+    if value.dtype == torch.bfloat16:
+        return value.view(torch.int16).numpy().view(_BFLOAT16)  # type: ignore[no-any-return]
+    return value.numpy()  # type: ignore[no-any-return]
+
+
+def _load_weights(shard: Shard, specs: Mapping[str, WeightSpec]) -> dict[str, torch.Tensor]:
+    """Each weight in fresh memory (torch starts it on a 64-byte boundary), so that no file stays mapped."""
+    weights: dict[str, torch.Tensor] = {}
+    for path in shard.weights:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118: not a mapping
+                if name not in specs:
+                    raise BadShard(f"{path}: the graph does not know the weight {name!r}", remedy="cut the model again")
+                weights[name] = _restore(file.get_tensor(name), name, specs[name], str(path))
+    if missing := sorted(set(specs) - set(weights)):
+        raise BadShard(f"{shard.path}: the weight {missing[0]!r} is missing", remedy="cut the model again, or load the shard again")
+    return weights
+
+
+def _restore(stored: torch.Tensor, name: str, spec: WeightSpec, path: str) -> torch.Tensor:
+    shape = tuple(spec.shape[axis] for axis in spec.order)
+    if stored.dtype != getattr(torch, spec.dtype) or tuple(stored.shape) != shape:
+        raise BadShard(
+            f"{path}: weight {name!r} should be {spec.dtype} {shape}, the file has {str(stored.dtype).removeprefix('torch.')} {tuple(stored.shape)}",
+            remedy="cut the model again",
+        )
+    return stored.clone().permute([spec.order.index(axis) for axis in range(len(shape))])
