@@ -1,0 +1,209 @@
+"""The profile: how long each operator takes, measured; and what it takes on other nodes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from partitioner.structure import Structure
+from splitnet.cluster import Cluster, ClusterNode
+from splitnet.errors import BadInput, BadModel
+from splitnet.reference_kernel import measure_reference
+
+if TYPE_CHECKING:
+    from partitioner.graph import ModelGraph
+
+__all__ = ["HERE", "PROFILE_VERSION", "Column", "Profile", "profile"]
+
+PROFILE_VERSION = 1
+HERE = ""  #: the column of the machine that profiled
+MEASURED_HERE = "measured here"
+_WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Column:
+    """Seconds of each vertex (in the structure's order) on one node, at the structure's batch, and `how` they were obtained: "measured
+    here", or "scaled ..." from that."""
+
+    seconds: tuple[float, ...]
+    how: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Times and sizes of a model's operators. `columns` holds one column per node by name, and `HERE`.
+
+    Raises BadModel where a column does not fit the structure.
+    """
+
+    structure: Structure
+    columns: Mapping[str, Column]
+    device: str  # the processor that measured
+    threads: int
+    torch: str
+    repeats: int
+    whole_s: float  # the median of whole runs; the column HERE adds up to it
+    reference_s: float  # the reference kernel here, with the same threads
+    version: int = field(default=PROFILE_VERSION)
+
+    def __post_init__(self) -> None:
+        if HERE not in self.columns:
+            raise BadModel("the profile has no figures measured here")
+        for name, column in self.columns.items():
+            where = f"the profile's column {name or 'here'!r}"
+            if len(column.seconds) != len(self.structure.vertices):
+                raise BadModel(f"{where} has {len(column.seconds)} figures for {len(self.structure.vertices)} operators")
+            for vertex, seconds in zip(self.structure.vertices, column.seconds, strict=True):
+                if not (math.isfinite(seconds) and seconds >= 0):
+                    raise BadModel(f"{where}: operator {vertex.name!r} has {seconds} seconds")
+
+    def on(self, node: ClusterNode) -> Column:
+        """The operators' times on a node: measured ones scaled by the ratio of the reference kernel's times; where the node's is not
+        known, as they are here."""
+        here = self.columns[HERE]
+        if not node.reference_s or not self.reference_s:
+            return Column(here.seconds, "taken as on the machine that profiled: the node's speed is not measured")
+        ratio = node.reference_s / self.reference_s
+        return Column(tuple(s * ratio for s in here.seconds), f"scaled by the reference kernel: {ratio:.3g}x of the machine that profiled")
+
+    def for_cluster(self, cluster: Cluster) -> Profile:
+        """The same with a column for each node of the cluster."""
+        columns = {HERE: self.columns[HERE], **{node.name: self.on(node) for node in cluster.nodes}}
+        return dataclasses.replace(self, columns=columns)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        document = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        document["structure"] = json.loads(self.structure.to_json())
+        document["columns"] = {name: dataclasses.asdict(column) for name, column in self.columns.items()}
+        return json.dumps(document, indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Profile:
+        """Raises BadModel where the document is not a profile of this version."""
+        try:
+            document: dict[str, Any] = json.loads(text)
+            if document.get("version") != PROFILE_VERSION:
+                raise BadModel(
+                    f"the profile has version {document.get('version')!r}, this splitnet reads version {PROFILE_VERSION}",
+                    remedy="profile the model again with `splitnet profile`",
+                )
+            document["structure"] = Structure.from_json(json.dumps(document["structure"]))
+            document["columns"] = {
+                str(name): Column(tuple(float(s) for s in column["seconds"]), str(column["how"]))
+                for name, column in document["columns"].items()
+            }
+            return cls(**document)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BadModel(f"not a profile: {type(error).__name__}: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        try:
+            text = Path(path).read_bytes()
+        except OSError as error:
+            raise BadModel(f"cannot read the profile {str(path)!r}: {error.strerror}", remedy="make one with `splitnet profile`") from None
+        try:
+            return cls.from_json(text)
+        except BadModel as error:
+            error.message = f"{path}: {error.message}"
+            raise
+
+
+def profile(
+    model: ModelGraph,
+    *,
+    repeats: int = 10,
+    threads: int = 1,
+    cluster: Cluster | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Profile:
+    """Measures every operator of the model here, at its example inputs' batch, with so many intra-op threads.
+
+    Whole runs and runs with a clock between operators take turns, `repeats` of each after two warm ones; medians are kept. The clock's
+    own cost, or the dispatch that it does not see, is spread evenly over the operators, so that they add up to the whole run. With a
+    `cluster`, a column for each of its nodes is added by scaling. `on_progress(done, total)` is called after each round. The thread
+    count of torch is put back afterwards. Raises BadInput for a count below 1.
+    """
+    import torch
+
+    for name, count in (("repeats", repeats), ("threads", threads)):
+        if count < 1:
+            raise BadInput(f"{name} must be at least 1, got {count}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        each, whole = _measure(model, repeats, on_progress)
+    finally:
+        torch.set_num_threads(before)
+    medians = [statistics.median(each[v.name]) if v.name in each else 0.0 for v in model.structure.vertices]
+    whole_s = statistics.median(whole)
+    measured = Profile(
+        structure=model.structure,
+        columns={HERE: Column(_matched(medians, whole_s), MEASURED_HERE)},
+        device=processor_name(),
+        threads=threads,
+        torch=str(torch.__version__),
+        repeats=repeats,
+        whole_s=whole_s,
+        reference_s=measure_reference(threads).seconds,
+    )
+    return measured.for_cluster(cluster) if cluster else measured
+
+
+def _measure(model: ModelGraph, repeats: int, on_progress: Callable[[int, int], None] | None) -> tuple[dict[str, list[float]], list[float]]:
+    each: dict[str, list[float]] = {}
+    whole: list[float] = []
+    for round_ in range(_WARM_UP + repeats):
+        start = time.perf_counter()
+        model.run(model.example_inputs)
+        took = time.perf_counter() - start
+        times: dict[str, float] = {}
+        model.run(model.example_inputs, on_vertex=times.__setitem__)
+        if round_ >= _WARM_UP:
+            whole.append(took)
+            for name, seconds in times.items():
+                each.setdefault(name, []).append(seconds)
+        if on_progress:
+            on_progress(round_ + 1, _WARM_UP + repeats)
+    return each, whole
+
+
+def _matched(seconds: list[float], whole_s: float) -> tuple[float, ...]:
+    """Shifts what was measured by one constant per operator that ran, then scales what is left, so that the sum is `whole_s`."""
+    ran = sum(1 for s in seconds if s > 0)
+    if not ran:
+        return tuple(seconds)
+    shift = (whole_s - math.fsum(seconds)) / ran
+    # Never below a tenth of its measured time: a constant must not erase a small operator.
+    shifted = [max(s + shift, s / 10) if s > 0 else 0.0 for s in seconds]
+    scale = whole_s / math.fsum(shifted)
+    return tuple(s * scale for s in shifted)
+
+
+def processor_name() -> str:
+    """The processor's model where the system tells it, else its architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
