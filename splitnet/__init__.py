@@ -6,9 +6,7 @@ serves them. Names are imported when they are first used, so `import splitnet` c
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -28,12 +26,15 @@ __all__ = [
     "Cluster",
     "ClusterNode",
     "DeadlineExceeded",
+    "Deployed",
+    "Deployment",
     "EngineFailure",
     "InsufficientMemory",
     "Link",
     "MissingExtra",
     "NoPlan",
     "NodeRef",
+    "NodeStatus",
     "NodeUnavailable",
     "NotFound",
     "NotPermitted",
@@ -41,6 +42,7 @@ __all__ = [
     "Overloaded",
     "Plan",
     "Prediction",
+    "Progress",
     "ProtocolError",
     "ServiceError",
     "Shard",
@@ -62,7 +64,9 @@ __all__ = [
 _MODULES: dict[str, tuple[str, ...]] = {
     "splitnet.client": ("AsyncClient",),
     "splitnet.cluster": ("Cluster", "ClusterNode", "Link"),
-    "splitnet.install": ("deploy", "deploy_async", "status", "status_async", "undeploy", "undeploy_async"),
+    "splitnet.deployment": ("Deployment",),
+    "splitnet.install": ("Deployed", "Progress", "deploy", "deploy_async", "status", "status_async", "undeploy", "undeploy_async"),
+    "splitnet.node_status": ("NodeStatus",),
     "splitnet.plan": ("Alternative", "NodeRef", "OutputSpec", "Plan", "Prediction", "StageSpec", "Transfer"),
     "splitnet.shard": ("Shard", "open_shard"),
     "splitnet.sync": ("Client",),
@@ -83,19 +87,10 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _Package(ModuleType):
-    """`splitnet.deploy` is the function, even after the module of that name was imported: an import sets it on its package."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
-
 if TYPE_CHECKING:
     from splitnet.client import AsyncClient
     from splitnet.cluster import Cluster, ClusterNode, Link
+    from splitnet.deployment import Deployment
     from splitnet.errors import (
         AlreadyExists,
         BadCluster,
@@ -120,7 +115,8 @@ if TYPE_CHECKING:
         StorageFailure,
         UserError,
     )
-    from splitnet.install import deploy, deploy_async, status, status_async, undeploy, undeploy_async
+    from splitnet.install import Deployed, Progress, deploy, deploy_async, status, status_async, undeploy, undeploy_async
+    from splitnet.node_status import NodeStatus
     from splitnet.plan import Alternative, NodeRef, OutputSpec, Plan, Prediction, StageSpec, Transfer
     from splitnet.shard import Shard, open_shard
     from splitnet.sync import Client
