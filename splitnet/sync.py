@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections import deque
 from collections.abc import Coroutine, Generator, Iterable
@@ -53,12 +54,22 @@ class Client:
         outputs that are ready wait for one read at most."""
         width = self._wait(self._client.window(window))
         under_way: deque[Future[dict[str, np.ndarray]]] = deque()
+        source, index, more = iter(batches), itertools.count(), True
         try:
-            for index, batch in enumerate(batches):
-                under_way.append(self._start(self._client.infer_batch(index, batch, timeout_s=timeout_s)))
-                while under_way and (len(under_way) >= width or under_way[0].done()):
-                    yield under_way.popleft().result()
-            while under_way:
+            while more or under_way:
+                if more and len(under_way) < width:
+                    try:
+                        work = self._client.infer_batch(next(index), next(source), timeout_s=timeout_s)
+                    except StopIteration:
+                        more = False
+                        continue
+                    except Exception:  # the caller's own error comes out at its place, too
+                        while under_way:
+                            yield under_way.popleft().result()
+                        raise
+                    under_way.append(self._start(work))
+                    if not under_way[0].done():
+                        continue
                 yield under_way.popleft().result()
         finally:
             for future in under_way:

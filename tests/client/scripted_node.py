@@ -48,11 +48,14 @@ class ScriptedNode:
         self.frames: list[pb.Frame] = []
         self.cancelled: list[str] = []
         self.address = ""
+        self.writing = asyncio.Lock()
         self._server: grpc.aio.Server | None = None
 
     async def start(self, address: str = "127.0.0.1:0") -> str:
         handlers = {
-            "Describe": grpc.unary_unary_rpc_method_handler(self._describe, pb.DescribeRequest.FromString, pb.DescribeReply.SerializeToString),
+            "Describe": grpc.unary_unary_rpc_method_handler(
+                self._describe, pb.DescribeRequest.FromString, pb.DescribeReply.SerializeToString
+            ),
             "Run": grpc.stream_stream_rpc_method_handler(self._run, None, None),
         }
         self._server = grpc.aio.server(options=channel.SERVER_OPTIONS)
@@ -84,7 +87,6 @@ class ScriptedNode:
     async def answer_all(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         arriving: dict[str, dict[str, wire.TensorAssembler]] = {}
         tasks: dict[str, asyncio.Task[None]] = {}
-        writing = asyncio.Lock()
 
         async def answer(request: str, inputs: dict[str, np.ndarray]) -> None:
             self.under_way += 1
@@ -97,7 +99,7 @@ class ScriptedNode:
             finally:
                 self.under_way -= 1
             for message in messages:
-                async with writing:
+                async with self.writing:  # gRPC takes one write at a time
                     await context.write(wire.encode_frame(message))
 
         async for data in requests:

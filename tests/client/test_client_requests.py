@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from typing import Any
 
@@ -20,7 +21,7 @@ def ones(batch: int = 2) -> np.ndarray:
 
 async def until(condition: Any) -> None:
     async with asyncio.timeout(5):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - the condition is in gRPC's threads
             await asyncio.sleep(0.005)
 
 
@@ -122,7 +123,7 @@ async def test_large_requests_interleave_and_small_ones_are_not_held_up() -> Non
         assert [a["y"].shape[0] for a in answers] == [1 << 20, 1 << 20, 2]
         order = [frame.request for frame in node.frames]
         assert len(set(order)) == 3
-        assert sum(a != b for a, b in zip(order, order[1:], strict=False)) > 16, "chunks of different requests take turns"
+        assert sum(a != b for a, b in itertools.pairwise(order)) > 16, "chunks of different requests take turns"
         ends = {frame.request: at for at, frame in enumerate(node.frames) if frame.end}
         assert min(ends.values()) < 8, "the small request did not wait for the large ones"
     assert node.streams == 1
@@ -219,9 +220,9 @@ async def test_the_deployment_is_chosen_or_must_be_named() -> None:
         async with AsyncClient(node.address, "n") as client:
             await client.infer(ones())
         assert {frame.deployment for frame in node.frames} == {"n"}
-        with pytest.raises(NotFound, match="several deployments are at .*: 'm', 'n'"):
+        with pytest.raises(NotFound, match=r"several deployments are at .*: 'm', 'n'"):
             await AsyncClient(node.address).connect()
-        with pytest.raises(NotFound, match="no deployment 'o' at .*; it has 'm', 'n'"):
+        with pytest.raises(NotFound, match=r"no deployment 'o' at .*; it has 'm', 'n'"):
             await AsyncClient(node.address, "o").connect()
 
 
