@@ -83,13 +83,17 @@ class BlobWriter:
         self._digest = hashlib.sha256()
         self.offset = 0
 
+    def discard(self) -> None:
+        """Removes the part: what arrived is worth nothing."""
+        self._path.unlink(missing_ok=True)
+
     def commit(self) -> Path:
         """Verifies and keeps the blob. Raises BadShard when bytes are missing (the part is kept), or when the sha256 is wrong (the part
         is removed: its bytes are worth nothing)."""
         if self.offset != self._size_bytes:
             raise BadShard(f"{self._what}: truncated, {self.offset} of {self._size_bytes} bytes came", remedy="send the rest")
         if self._digest.hexdigest() != self._sha256:
-            self._path.unlink(missing_ok=True)
+            self.discard()
             raise BadShard(
                 f"{self._what}: wrong sha256: announced {self._sha256}, what came has {self._digest.hexdigest()}; it was removed",
                 remedy="the shard changed while it was sent, or the link is faulty: deploy again",

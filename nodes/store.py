@@ -21,7 +21,7 @@ from splitnet.shard import DEFAULT_LIMITS, MANIFEST, Manifest, Shard, ShardLimit
 from splitnet.shard.directory import check_param_bytes, hash_file
 from splitnet.shard.packed import PackedShard
 
-__all__ = ["BlobStore"]
+__all__ = ["BlobStore", "BlobWriter"]
 
 _RESERVE_BYTES = 16 << 20  # left free on the disk, for logs and the file system itself
 _Signature = tuple[int, int, int]  # inode, size, time of change: differs when a file was replaced or written to
@@ -255,9 +255,13 @@ class BlobStore:
     def _store(self, sha256: str, size_bytes: int, chunks: Iterator[bytes]) -> None:
         with self.writer(sha256, size_bytes) as writer:
             writer.restart()
-            for chunk in chunks:
-                writer.write(chunk)
-            writer.commit()
+            try:
+                for chunk in chunks:
+                    writer.write(chunk)
+                writer.commit()
+            except BadShard:
+                writer.discard()
+                raise
 
 
 def _check_header(sha256: str, size_bytes: int) -> None:

@@ -81,7 +81,7 @@ async def deploy_async(
     plan = plan.with_shards({stage: shard.sha256 for stage, shard in opened.items()})
     nodes = [node for node in plan.nodes if any(stage.node == node.name for stage in plan.stages)]
     before = {node.name: status for node, status in zip(nodes, await status_of(nodes), strict=True)}
-    _check_nodes(plan, name, before)
+    _check_nodes(plan, name, opened, before)
     installer = _Installer(plan, name, opened, nodes, on_progress)
     sent = await installer.ship_all(concurrency)
     load_s = await installer.activate_all(already={n for n, status in before.items() if status.deployment(name) is not None})
@@ -238,7 +238,7 @@ def _check_shard(plan: Plan, stage: str, planned_sha256: str, shard: Shard) -> N
             raise BadPlan(f"plan and shard {shard.path} differ in the stage's {side}", stage=stage, remedy=remedy)
 
 
-def _check_nodes(plan: Plan, name: str, statuses: Mapping[str, NodeStatus]) -> None:
+def _check_nodes(plan: Plan, name: str, shards: Mapping[str, Shard], statuses: Mapping[str, NodeStatus]) -> None:
     """Before a byte is shipped: every node answers, the name is free, the memory suffices as far as a node tells."""
     if silent := [status for status in statuses.values() if status.error]:
         raise NodeUnavailable(
@@ -253,7 +253,8 @@ def _check_nodes(plan: Plan, name: str, statuses: Mapping[str, NodeStatus]) -> N
                 node=node,
                 remedy=f"choose another --name, or take that one off first: `splitnet unload {name}`",
             )
-        needed = sum(stage.param_bytes + stage.activation_bytes for stage in plan.stages if stage.node == node)
+        manifests = [shards[stage.name].manifest for stage in plan.stages if stage.node == node]
+        needed = sum(manifest.param_bytes + manifest.activation_bytes for manifest in manifests)
         free = status.memory_limit_bytes - status.memory_used_bytes
         if status.memory_limit_bytes and held is None and needed > free:
             raise InsufficientMemory(

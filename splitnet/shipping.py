@@ -17,7 +17,7 @@ from splitnet.errors import BadShard, DeadlineExceeded, NodeUnavailable, Overloa
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.shard import Shard
 
-__all__ = ["Blob", "ship", "shard_blobs"]
+__all__ = ["Blob", "shard_blobs", "ship"]
 
 _CHUNK_BYTES = 1 << 20
 _STALL_S = 120.0  # longest silence: a small box that hashes a large blob

@@ -54,7 +54,7 @@ def deploy(plan: Path, name: str, shards: Path | None, as_json: bool) -> None:
         click.echo(json.dumps(dataclasses.asdict(deployed), indent=1, sort_keys=True))
         return
     click.echo(f"deployed {deployed.name!r}: send requests to {deployed.ingress}")
-    rows = [("node", "stages", "sent", "loaded in")]
+    rows: list[Sequence[str]] = [("node", "stages", "sent", "loaded in")]
     for node, sent_bytes in deployed.sent_bytes.items():
         stages = ", ".join(stage.name for stage in loaded.stages if stage.node == node)
         rows.append((node, stages, _size(sent_bytes) if sent_bytes else "nothing new", f"{deployed.load_s[node]:.2f} s"))
@@ -147,7 +147,7 @@ def _progress() -> Iterator[Callable[[Progress], None] | None]:
 
 
 def _show(nodes: Sequence[NodeStatus]) -> None:
-    rows = [("node", "address", "device", "memory", "deployment", "stage", "requests", "failed", "in flight", "link to", "sent")]
+    rows: list[Sequence[str]] = [("node", "address", "device", "memory", "deployment", "stage", "requests", "failed", "in flight", "link to", "sent")]
     for node in nodes:
         if node.error:
             rows.append((node.name, node.address, "-", "-", "does not answer", *[""] * 6))

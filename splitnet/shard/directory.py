@@ -38,7 +38,6 @@ class Shard:
     path: Path
     manifest: Manifest
     files: Mapping[str, Path] = field(repr=False)
-    keep: object = field(default=None, repr=False, compare=False)  #: owns the files of a packed shard that was opened in place
 
     @property
     def sha256(self) -> str:

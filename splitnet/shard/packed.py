@@ -7,9 +7,12 @@ deflated is read too, under limits: nothing is decompressed past its declared si
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import stat
 import struct
 import tempfile
+import weakref
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -98,9 +101,15 @@ def unpack(file: str | Path, directory: str | Path, limits: ShardLimits = DEFAUL
 
 def open_packed(file: Path, *, limits: ShardLimits = DEFAULT_LIMITS) -> Shard:
     """Unpacks to a temporary directory that is removed with the Shard."""
-    holder = tempfile.TemporaryDirectory(prefix="splitnet-shard-")
-    shard = unpack(file, holder.name, limits)
-    return Shard(file, shard.manifest, shard.files, keep=holder)
+    directory = tempfile.mkdtemp(prefix="splitnet-shard-")
+    try:
+        unpacked = unpack(file, directory, limits)
+    except BaseException:
+        os.rmdir(directory)  # unpack has left it empty
+        raise
+    shard = Shard(file, unpacked.manifest, unpacked.files)
+    weakref.finalize(shard, shutil.rmtree, directory, ignore_errors=True)
+    return shard
 
 
 class PackedShard:
@@ -187,6 +196,8 @@ class PackedShard:
         """Members that share bytes are how a small file holds a large bomb (https://www.bamsoftware.com/hacks/zipbomb/)."""
         end = 0
         for info in sorted(entries.values(), key=lambda i: i.header_offset):
+            if info.header_offset < 0:  # zipfile moves all offsets by what seems to be missing before the directory
+                fault(self._place, "damaged archive: bytes are missing in it", _DAMAGED)
             if info.header_offset < end:
                 fault(f"{self._place}: {info.filename!r:.200}", "zip bomb: shares its bytes with another member", _HOSTILE)
             end = info.header_offset + _LOCAL_HEADER_BYTES + info.compress_size
