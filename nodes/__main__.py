@@ -1,0 +1,11 @@
+"""`python -m nodes` is `splitnet node`."""
+
+from __future__ import annotations
+
+import sys
+
+from nodes.cli import node
+from splitnet.cli import run_command
+
+if __name__ == "__main__":
+    sys.exit(run_command(node, prog_name="splitnet node"))

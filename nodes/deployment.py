@@ -1,0 +1,99 @@
+"""A plan as one node sees it: its own stages with their engines, where each value goes, and what has been counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from nodes.admission import Admission
+from nodes.engines.base import Engine
+from nodes.link import Link
+from splitnet.plan import CLIENT, NodeRef, Plan, StageSpec
+from splitnet.tensors import TensorSpec
+
+__all__ = ["Deployment", "Route", "Stage"]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where one value goes. `stage` CLIENT: to the ingress, as a part of the answer."""
+
+    stage: str
+    node: str
+    codec: str
+
+
+@dataclass(slots=True, eq=False)
+class Stage:
+    """One of this node's stages. Totals are since activation."""
+
+    spec: StageSpec
+    engine: Engine
+    shard: str  #: sha256 of the manifest
+    inputs: Mapping[str, TensorSpec]
+    routes: Mapping[str, tuple[Route, ...]]
+    reserved_bytes: int
+    requests: int = 0
+    failures: int = 0
+    queued: int = 0
+    wait_s: float = 0.0
+    decode_s: float = 0.0
+    compute_s: float = 0.0
+    encode_s: float = 0.0
+    send_s: float = 0.0
+
+
+@dataclass(eq=False)
+class Deployment:
+    """`links`: to every node that this one has something to say to, by the plan's names."""
+
+    name: str
+    plan: Plan
+    plan_sha256: str
+    node: NodeRef
+    stages: Mapping[str, Stage]
+    admission: Admission
+    links: Mapping[str, Link] = field(default_factory=dict)
+    draining: bool = False
+
+    def __post_init__(self) -> None:
+        self.ingress = self.plan.ingress
+        self.is_ingress = self.node == self.ingress
+        self.inputs = {spec.name: spec for spec in self.plan.inputs}
+        self.input_routes = routes(self.plan, CLIENT)
+        self.outputs: dict[str, list[str]] = {}  # value -> the names under which the client gets it
+        for output in self.plan.outputs:
+            self.outputs.setdefault(output.value, []).append(output.spec.name)
+
+    @property
+    def reserved_bytes(self) -> int:
+        return sum(stage.reserved_bytes for stage in self.stages.values())
+
+    def forget_engines(self) -> None:
+        """In the compute thread, so that what torch holds is freed where it was made."""
+        self.stages = {}
+
+    def stages_on(self, node: str) -> str:
+        """For messages: the stages that `node` serves."""
+        return ", ".join(stage.name for stage in self.plan.stages if stage.node == node)
+
+    def neighbours(self) -> tuple[NodeRef, ...]:
+        """The nodes to which this one needs a link: the ingress watches and tells all of them; the others pass values on, and report
+        to the ingress."""
+        if self.is_ingress:
+            names = {stage.node for stage in self.plan.stages}
+        else:
+            names = {route.node for stage in self.stages.values() for targets in stage.routes.values() for route in targets}
+            names.add(self.ingress.name)
+        return tuple(node for node in self.plan.nodes if node.name in names and node != self.node)
+
+
+def routes(plan: Plan, source: str) -> dict[str, tuple[Route, ...]]:
+    """For each value that leaves `source` (a stage, or CLIENT): where it goes."""
+    found: dict[str, tuple[Route, ...]] = {}
+    for transfer in plan.transfers:
+        if transfer.source == source:
+            node = plan.ingress.name if transfer.target == CLIENT else plan.stage(transfer.target).node
+            for tensor in transfer.tensors:
+                found[tensor] = (*found.get(tensor, ()), Route(transfer.target, node, transfer.codec))
+    return found

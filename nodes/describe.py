@@ -1,0 +1,97 @@
+"""What a node says of itself: the reply to Describe, made from what the rooms hold."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import psutil
+
+from nodes.deployment import Deployment, Stage
+from nodes.engines import engine_names
+from nodes.installer import Installer
+from nodes.link import Link, Links
+from nodes.pipeline import Pipeline
+from splitnet import __version__, wire
+from splitnet.codecs import codec_names
+from splitnet.rpc.v1 import node_pb2 as pb
+from splitnet.tensors import TensorSpec
+
+__all__ = ["Describer"]
+
+
+class Describer:
+    def __init__(self, pipeline: Pipeline, installer: Installer, links: Links) -> None:
+        self._pipeline = pipeline
+        self._installer = installer
+        self._links = links
+        self._started_s = time.monotonic()
+        self._process = psutil.Process()
+
+    def describe(self, deployment: str = "") -> pb.DescribeReply:
+        """`deployment`: only that one; an unknown name is answered with none."""
+        pipeline, config = self._pipeline, self._pipeline.config
+        shown = [d for d in pipeline.deployments.values() if deployment in ("", d.name)]
+        return pb.DescribeReply(
+            name=config.name,
+            version=__version__,
+            memory_limit_bytes=config.memory_bytes,
+            memory_used_bytes=self._installer.reserved_bytes,
+            deployments=[self._deployment(d) for d in shown],
+            links=[_link(link) for link in self._links],
+            device="cpu",
+            threads=config.threads,
+            engines=engine_names(),
+            codecs=codec_names(),
+            uptime_s=time.monotonic() - self._started_s,
+            draining=pipeline.draining,
+            insecure=config.open_plaintext,
+            max_message_bytes=wire.MAX_MESSAGE_BYTES,
+            max_tensor_bytes=config.max_tensor_bytes,
+            process_memory_bytes=self._process.memory_info().rss,
+        )
+
+    def _deployment(self, d: Deployment) -> pb.DeploymentStatus:
+        return pb.DeploymentStatus(
+            name=d.name,
+            plan_sha256=d.plan_sha256,
+            node=d.node.name,
+            ingress=d.is_ingress,
+            inputs=_specs(d.plan.inputs),
+            outputs=_specs(output.spec for output in d.plan.outputs),
+            max_in_flight=d.admission.limit,
+            in_flight=self._pipeline.requests.count(d),
+            stages=[_stage(stage) for stage in d.stages.values()],
+            model=d.plan.model,
+        )
+
+
+def _stage(s: Stage) -> pb.StageStatus:
+    return pb.StageStatus(
+        name=s.spec.name,
+        engine=s.engine.name,
+        requests=s.requests,
+        failures=s.failures,
+        wait_s=s.wait_s,
+        decode_s=s.decode_s,
+        compute_s=s.compute_s,
+        encode_s=s.encode_s,
+        send_s=s.send_s,
+        reserved_bytes=s.reserved_bytes,
+        queued=s.queued,
+    )
+
+
+def _link(link: Link) -> pb.LinkStatus:
+    return pb.LinkStatus(
+        target=link.target.name,
+        address=link.target.address,
+        sent_bytes=link.outbox.sent_bytes,
+        raw_bytes=link.outbox.raw_bytes,
+        frames=link.outbox.frames,
+        connected=link.connected,
+    )
+
+
+def _specs(specs: Iterable[TensorSpec]) -> list[pb.TensorSpec]:
+    return [pb.TensorSpec(name=spec.name, dtype=spec.dtype, shape=[str(size) for size in spec.shape]) for spec in specs]

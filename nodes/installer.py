@@ -1,0 +1,162 @@
+"""How a deployment comes onto this node, and how it goes again."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Mapping
+
+from nodes.admission import Admission
+from nodes.compute import ComputeThread
+from nodes.deployment import Deployment, Stage, routes
+from nodes.engines import load_engine
+from nodes.engines.base import Engine
+from nodes.link import Links
+from nodes.pipeline import Pipeline
+from nodes.store import BlobStore
+from splitnet.errors import AlreadyExists, BadPlan, BadShard, Cancelled, InsufficientMemory, NodeUnavailable, NotFound, SplitnetError
+from splitnet.plan import NodeRef, Plan, StageSpec
+from splitnet.shard import Shard
+from splitnet.tensors import TensorSpec
+
+__all__ = ["Installer"]
+
+
+class Installer:
+    """One thing at a time: what a deployment reserves is decided before the next one is looked at."""
+
+    def __init__(self, pipeline: Pipeline, store: BlobStore, compute: ComputeThread, links: Links) -> None:
+        self._pipeline = pipeline
+        self._config = pipeline.config
+        self._log = pipeline.log
+        self._store = store
+        self._compute = compute
+        self._links = links
+        self._lock = asyncio.Lock()
+
+    @property
+    def reserved_bytes(self) -> int:
+        return sum(deployment.reserved_bytes for deployment in self._pipeline.deployments.values())
+
+    async def activate(self, name: str, plan_json: bytes, node: str, shards: Mapping[str, str]) -> tuple[Deployment, float]:
+        """The deployment, and how long loading took (0 where it was active already). Nothing is left behind when this raises:
+        BadPlan, BadShard, NotFound (a shard was not shipped), AlreadyExists, InsufficientMemory, NodeUnavailable (draining)."""
+        plan = await asyncio.to_thread(Plan.from_json, plan_json)
+        own = plan.node(node)
+        specs = [stage for stage in plan.stages if stage.node == node]
+        if not name or not specs:
+            raise BadPlan("the deployment has no name" if not name else f"no stage of the plan is on node {node!r}")
+        wanted = {spec.name: _shard_name(spec, shards) for spec in specs}
+        async with self._lock:
+            if self._pipeline.draining:
+                raise NodeUnavailable("the node is being stopped", remedy="start it again")
+            if (active := self._pipeline.deployments.get(name)) is not None:
+                self._check_same(active, plan, own, wanted)
+                for link in active.links.values():
+                    link.hurry()
+                return active, 0.0
+            return await self._load(name, plan, own, specs, wanted)
+
+    async def unload(self, name: str, drain_s: float, delete_blobs: bool) -> int:
+        """Takes no new requests for the deployment, waits up to `drain_s` for those in flight, cancels the rest (how many is
+        returned), and lets go of its engines. Raises NotFound."""
+        async with self._lock:
+            deployment = self._pipeline.deployments.get(name)
+            if deployment is None:
+                raise NotFound(f"no deployment {name!r} here", remedy="see `splitnet status` for what is deployed")
+            deployment.draining = True
+            await self._pipeline.idle(drain_s, deployment)
+            cancelled = self._pipeline.cancel_all(
+                deployment, lambda: Cancelled(f"deployment {name!r} was unloaded", remedy="deploy it again")
+            )
+            del self._pipeline.deployments[name]
+            for link in deployment.links.values():
+                await self._links.release(link)
+            await self._compute.call(lambda: deployment.forget_engines())
+            if delete_blobs:
+                in_use = {stage.shard for d in self._pipeline.deployments.values() for stage in d.stages.values()}
+                await asyncio.to_thread(self._store.delete_unused, in_use)
+        self._log.info("unloaded", deployment=name, cancelled=cancelled)
+        return cancelled
+
+    def _check_same(self, active: Deployment, plan: Plan, own: NodeRef, shards: Mapping[str, str]) -> None:
+        same = active.plan_sha256 == plan.sha256 and active.node == own and {s.spec.name: s.shard for s in active.stages.values()} == shards
+        if not same:
+            raise AlreadyExists(
+                f"deployment {active.name!r} is here already, with another plan",
+                remedy=f"unload it first: `splitnet unload` {active.name}, or deploy under another name",
+            )
+
+    async def _load(
+        self, name: str, plan: Plan, own: NodeRef, specs: list[StageSpec], wanted: Mapping[str, str]
+    ) -> tuple[Deployment, float]:
+        started = time.perf_counter()
+        found = {spec.name: await asyncio.to_thread(self._store.shard, wanted[spec.name]) for spec in specs}
+        reserved = {spec.name: _checked(plan, spec, found[spec.name]) for spec in specs}
+        self._check_memory(name, reserved)
+        engines: dict[str, Engine] = {}
+        for spec in specs:
+            load = functools.partial(load_engine, found[spec.name], threads=self._config.threads, engine=self._config.engine)
+            try:
+                engines[spec.name] = await self._compute.call(load)
+            except SplitnetError as error:
+                raise error.at(stage=spec.name) from error.__cause__
+        stages = {
+            spec.name: Stage(
+                spec, engines[spec.name], wanted[spec.name], {t.name: t for t in spec.inputs}, routes(plan, spec.name), reserved[spec.name]
+            )
+            for spec in specs
+        }
+        deployment = Deployment(name, plan, plan.sha256, own, stages, Admission(plan.max_in_flight))
+        deployment.links = {node.name: self._links.take(own, node) for node in deployment.neighbours()}
+        self._pipeline.deployments[name] = deployment
+        load_s = time.perf_counter() - started
+        self._log.info(
+            "activated", deployment=name, stages=sorted(stages), reserved_bytes=deployment.reserved_bytes, load_s=round(load_s, 3)
+        )
+        return deployment, load_s
+
+    def _check_memory(self, name: str, reserved: Mapping[str, int]) -> None:
+        limit, used, needed = self._config.memory_bytes, self.reserved_bytes, sum(reserved.values())
+        if limit and used + needed > limit:
+            each = ", ".join(f"{stage}: {size}" for stage, size in reserved.items())
+            raise InsufficientMemory(
+                f"{name!r} needs {needed} bytes here ({each}); of the limit of {limit} bytes {used} are taken: {used + needed - limit} bytes are missing",
+                remedy="unload another deployment, raise the node's --memory, or plan with the memory that is left",
+            )
+
+
+def _shard_name(spec: StageSpec, shards: Mapping[str, str]) -> str:
+    named = shards.get(spec.name) or spec.shard
+    if not named:
+        raise BadPlan(f"stage {spec.name!r} has no shard", remedy="cut the model with this plan first: `splitnet plan`")
+    if spec.shard and named != spec.shard:
+        raise BadPlan(
+            f"stage {spec.name!r}: the plan names shard {spec.shard[:12]}, the request {named[:12]}",
+            remedy="deploy the plan with the shards cut for it",
+        )
+    return named
+
+
+def _checked(plan: Plan, spec: StageSpec, shard: Shard) -> int:
+    """What the stage reserves. Raises BadShard where plan and shard do not belong together."""
+    manifest = shard.manifest
+    if manifest.model_sha256 != plan.model_sha256:
+        raise BadShard(
+            f"shard {shard.sha256[:12]} of stage {spec.name!r} was cut from another model ({manifest.model_sha256[:12]}) than the plan ({plan.model_sha256[:12]})",
+            remedy="cut the model with this plan again",
+        )
+    for what, planned, cut in (("inputs", spec.inputs, manifest.inputs), ("outputs", spec.outputs, manifest.outputs)):
+        if _faces(planned) != _faces(cut):
+            raise BadShard(
+                f"stage {spec.name!r}: the {what} of the plan are {_faces(planned)}, those of shard {shard.sha256[:12]} {_faces(cut)}",
+                remedy="cut the model with this plan again",
+            )
+    if not spec.inputs:
+        raise BadPlan(f"stage {spec.name!r} has no input, so nothing would start it", remedy="make the plan again")
+    return manifest.param_bytes + manifest.activation_bytes
+
+
+def _faces(specs: tuple[TensorSpec, ...]) -> list[tuple[str, str, int]]:
+    return sorted((spec.name, spec.dtype, len(spec.shape)) for spec in specs)

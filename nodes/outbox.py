@@ -1,0 +1,200 @@
+"""What waits to be sent on one stream: the tensors of several requests, chunk by chunk and in turn, so that a large one does not hold
+up the others. Encoding runs ahead of sending."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Hashable, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from splitnet.codecs import Buffer
+from splitnet.errors import SplitnetError
+from splitnet.rpc.v1 import node_pb2 as pb
+from splitnet.wire import Message, tensor_chunks
+
+__all__ = ["EncodedTensor", "Outbox", "Parcel"]
+
+_INLINE_BYTES = 1 << 16  # encoding less than this takes less time than handing it to another thread
+_Chunk = tuple[pb.TensorChunk, Buffer]
+_Write = Callable[[Message], Awaitable[None]]
+
+
+class EncodedTensor:
+    """The chunks of one tensor. Each is encoded once, however many streams take it (`takers`), and dropped when all of them have.
+    Raw chunks are views; other codecs run in `pool`, one chunk ahead of the fastest taker."""
+
+    def __init__(self, name: str, array: np.ndarray, codec: str, pool: Executor, takers: int = 1) -> None:
+        self.size_bytes = array.nbytes
+        self._encode_s = 0.0
+        self._chunks: Iterator[_Chunk] = tensor_chunks(name, array, codec)
+        self._inline = codec == "raw" or array.nbytes < _INLINE_BYTES
+        self._pool = pool
+        self._takers = takers
+        self._made: list[_Chunk | asyncio.Future[_Chunk] | None] = []
+        self._untaken: list[int] = []
+        self._stored_bytes = 0
+
+    def prepare(self) -> None:
+        """Begins with the first chunk, where that is worth a thread."""
+        if not self._inline and not self._made:
+            self._make()
+
+    async def chunk(self, index: int) -> tuple[pb.TensorChunk, Buffer, bool]:
+        """Chunk `index`, and whether it is the last. Each taker asks for 0, 1, 2, ... once. Raises BadInput where the tensor cannot be
+        sent at all."""
+        if index == len(self._made):
+            self._make()
+        made = self._made[index]
+        assert made is not None, "a chunk was taken by more than `takers`"
+        chunk = made if isinstance(made, tuple) else await made
+        self._untaken[index] -= 1
+        self._made[index] = chunk if self._untaken[index] else None
+        head, payload = chunk
+        if not index:
+            self._stored_bytes = head.stored_bytes
+        last = head.offset + head.length >= self._stored_bytes
+        if not (last or self._inline) and index + 1 == len(self._made):
+            self._make()
+        return head, payload, last
+
+    def take_encode_s(self) -> float:
+        """The time spent in the codec since this was last asked."""
+        spent_s, self._encode_s = self._encode_s, 0.0
+        return spent_s
+
+    def _make(self) -> None:
+        self._made.append(self._next() if self._inline else asyncio.get_running_loop().run_in_executor(self._pool, self._next))
+        self._untaken.append(self._takers)
+
+    def _next(self) -> _Chunk:
+        started = time.perf_counter()
+        try:
+            return next(self._chunks)
+        finally:
+            self._encode_s += time.perf_counter() - started
+
+
+@dataclass(slots=True, eq=False)
+class Parcel:
+    """A tensor on its way to one stage of one request. Parcels of one key are sent in order, those of different keys in turn."""
+
+    key: Hashable
+    tensor: EncodedTensor
+    envelope: Callable[[], pb.Frame]  #: a new frame with everything but the tensor in it
+    on_sent: Callable[[Parcel], None]
+    on_failed: Callable[[Parcel, SplitnetError], None]
+    end: bool = False  #: the request's last parcel: its last frame says so
+    send_s: float = field(default=0.0, init=False)
+    next_chunk: int = field(default=0, init=False)
+    dropped: bool = field(default=False, init=False)
+
+
+class Outbox:
+    """Unbounded in itself: what is put in here has been admitted, and its bytes counted, by the caller (`nodes.admission`)."""
+
+    def __init__(self) -> None:
+        self.sent_bytes = 0  # after the codec
+        self.raw_bytes = 0  # before it
+        self.frames = 0
+        self._urgent: deque[pb.Frame] = deque()
+        self._parcels: dict[Hashable, deque[Parcel]] = {}
+        self._turns: dict[Hashable, None] = {}  # keys of _parcels, the next to be served first
+        self._wake: asyncio.Future[None] | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def send_now(self, frame: pb.Frame) -> None:
+        """A frame without payload that overtakes all tensors: a failure, a cancellation."""
+        self._urgent.append(frame)
+        self._rouse()
+
+    def put(self, parcel: Parcel) -> None:
+        parcel.tensor.prepare()
+        if parcel.key in self._parcels:
+            self._parcels[parcel.key].append(parcel)
+        else:
+            self._parcels[parcel.key] = deque((parcel,))
+            self._turns[parcel.key] = None
+        self._rouse()
+
+    def drop(self, key: Hashable) -> None:
+        """Forgets what was not sent yet; a chunk that is being written still goes out."""
+        for parcel in self._parcels.pop(key, ()):
+            parcel.dropped = True
+
+    def clear(self) -> None:
+        self._urgent.clear()
+        for key in list(self._parcels):
+            self.drop(key)
+        self._turns.clear()
+        self._idle.set()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._parcels
+
+    async def flushed(self) -> None:
+        """Returns when everything has been handed to gRPC (or forgotten)."""
+        await self._idle.wait()
+
+    async def pump(self, write: _Write) -> None:
+        """Sends for ever. Whatever `write` raises ends it, and leaves the queues to be cleared."""
+        while True:
+            if self._urgent:
+                await self._write(write, Message(self._urgent.popleft()))
+            elif self._turns:
+                key = next(iter(self._turns))
+                del self._turns[key]
+                if key in self._parcels:  # else it was dropped meanwhile
+                    await self._send_chunk(self._parcels[key][0], write)
+                    if key in self._parcels:
+                        self._turns[key] = None
+            else:
+                self._idle.set()
+                self._wake = asyncio.get_running_loop().create_future()
+                await self._wake
+
+    async def _send_chunk(self, parcel: Parcel, write: _Write) -> None:
+        try:
+            head, payload, last = await parcel.tensor.chunk(parcel.next_chunk)
+        except SplitnetError as error:
+            self._remove(parcel)
+            parcel.on_failed(parcel, error)
+            return
+        if parcel.dropped:
+            return
+        parcel.next_chunk += 1
+        frame = parcel.envelope()
+        frame.tensor.CopyFrom(head)
+        if last:
+            self._remove(parcel)
+            if parcel.end:  # complete from here on: its place must be free before the client can know that it is
+                frame.end = True
+                parcel.on_sent(parcel)
+        started = time.perf_counter()
+        await self._write(write, Message(frame, payload))
+        parcel.send_s += time.perf_counter() - started
+        self.raw_bytes += head.length
+        if last and not parcel.end and not parcel.dropped:
+            parcel.on_sent(parcel)
+
+    async def _write(self, write: _Write, message: Message) -> None:
+        await write(message)
+        self.frames += 1
+        self.sent_bytes += len(message.payload)
+
+    def _remove(self, parcel: Parcel) -> None:
+        waiting = self._parcels.get(parcel.key)
+        if waiting and waiting[0] is parcel:
+            waiting.popleft()
+            if not waiting:
+                del self._parcels[parcel.key]
+
+    def _rouse(self) -> None:
+        self._idle.clear()
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)

@@ -1,0 +1,139 @@
+"""A node: its rooms put together, served on one port, and stopped without losing what is in flight."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from nodes.compute import ComputeThread
+from nodes.config import NodeConfig
+from nodes.describe import Describer
+from nodes.ingress import Ingress
+from nodes.installer import Installer
+from nodes.link import Links
+from nodes.logs import Log
+from nodes.pipeline import Pipeline
+from nodes.servicer import Servicer, frame_handlers
+from nodes.store import BlobStore
+from splitnet.channel import SERVER_OPTIONS
+from splitnet.errors import BadInput, Cancelled
+from splitnet.rpc.v1 import node_pb2
+from splitnet.rpc.v1.node_pb2_grpc import add_NodeServicer_to_server
+
+__all__ = ["NodeServer", "serve"]
+
+SERVICE = node_pb2.DESCRIPTOR.services_by_name["Node"].full_name
+_CODEC_THREADS = 2
+_MAX_CALLS = 512  # at one time, streams included
+_SWITCH_INTERVAL_S = 0.0005  # the event loop must not wait 5 ms for the compute thread's Python
+_LAST_BYTES_S = 0.2
+
+
+class NodeServer:
+    """`start`, then `stop`; in one event loop. `address` is the real one once it was started."""
+
+    def __init__(self, config: NodeConfig, log: Log) -> None:
+        self.config = config
+        self.address = ""
+        self._log = log
+
+    async def start(self) -> None:
+        """Raises BadInput where the address cannot be listened on, StorageFailure where the data directory cannot be used."""
+        config, log = self.config, self._log
+        store = await asyncio.to_thread(BlobStore, config.directory)
+        self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=_MAX_CALLS)
+        host, _ = config.host_and_port
+        try:
+            bound = self._server.add_insecure_port(config.listen)
+        except RuntimeError as error:
+            raise BadInput(
+                f"cannot listen on {config.listen}: the port is in use, or the address is not of this machine",
+                remedy="choose another with --listen; port 0 takes any free one",
+            ) from error
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL_S))
+        self._compute = ComputeThread(asyncio.get_running_loop())
+        self._pool = ThreadPoolExecutor(_CODEC_THREADS, thread_name_prefix="splitnet-codec")
+        self.pipeline = Pipeline(config, self._compute, self._pool, log)
+        self._links = Links(self.pipeline, log)
+        ingress = Ingress(self.pipeline)
+        installer = Installer(self.pipeline, store, self._compute, self._links)
+        self._servicer = Servicer(self.pipeline, ingress, installer, Describer(self.pipeline, installer, self._links), store, self._compute)
+        self._health = health.aio.HealthServicer()
+        self._server.add_generic_rpc_handlers((frame_handlers(self._servicer),))  # before the generated ones, which decode
+        add_NodeServicer_to_server(self._servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        for service in ("", SERVICE):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        await self._server.start()
+        shown = f"[{host}]" if ":" in host else host
+        self.address = f"{shown}:{bound}"
+        log.info("listening", address=self.address, name=config.name, data=str(config.directory), threads=config.threads)
+        if config.open_plaintext:
+            log.warning("insecure: this address is open to the network, without encryption or authentication", address=self.address)
+
+    async def drain(self) -> bool:
+        """Takes nothing new, finishes what is in flight; False when `drain_s` was not enough."""
+        self.pipeline.draining = True
+        for service in ("", SERVICE):
+            await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._log.info("draining", in_flight=self.pipeline.requests.count(), at_most_s=self.config.drain_s)
+        done = await self.pipeline.idle(self.config.drain_s)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_BYTES_S):
+                await asyncio.gather(*(client.outbox.flushed() for client in self._servicer.clients))
+        return done
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Fails what is still in flight, and lets go of everything."""
+        cancelled = self.pipeline.cancel_all(None, lambda: Cancelled("the node was stopped", remedy="start it again, and deploy again"))
+        if cancelled:
+            self._log.warning("cancelled", requests=cancelled)
+            grace_s = max(grace_s, _LAST_BYTES_S)
+        if grace_s:
+            await asyncio.sleep(grace_s)  # long-lived streams do not end by themselves: `Server.stop(grace)` would wait for them
+        await self.abandon()
+        self._log.info("stopped")
+
+    async def abandon(self) -> None:
+        """Lets go of everything, and tells nobody."""
+        await self._links.close()
+        await self._server.stop(None)
+        self._compute.stop()
+        self._pool.shutdown(wait=False)
+
+
+async def serve(config: NodeConfig, log: Log) -> None:
+    """Until SIGTERM or SIGINT: then drains and stops. A second signal stops at once."""
+    server = NodeServer(config, log)
+    await server.start()
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    if config.announce is not None:
+        await asyncio.to_thread(_announce, config.announce, server.address)
+    log.info("stopping", signal=signal.Signals(await signals.get()).name)
+    draining = asyncio.create_task(server.drain())
+    second = asyncio.create_task(signals.get())
+    await asyncio.wait((draining, second), return_when=asyncio.FIRST_COMPLETED)
+    for task in (draining, second):
+        task.cancel()
+    await asyncio.gather(draining, second, return_exceptions=True)
+    await server.stop()
+
+
+def _announce(path: Path, address: str) -> None:
+    """Whole or not at all, so that a script may wait for the file."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(address + "\n")
+    temporary.replace(path)

@@ -1,0 +1,206 @@
+"""The edge: gRPC calls and protobuf messages on one side, the node's rooms on the other. No decision is taken here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeAlias, TypeVar
+
+import grpc
+import grpc.aio
+
+from nodes.clients import ClientStream
+from nodes.compute import ComputeThread
+from nodes.describe import Describer
+from nodes.ingress import Ingress
+from nodes.installer import Installer
+from nodes.link import ADDRESS_KEY, NAME_KEY
+from nodes.pipeline import Pipeline
+from nodes.receiving import receive_blob
+from nodes.requests import RequestKey
+from nodes.store import BlobStore
+from splitnet.channel import abort_with, from_failure, open_channel, stub, to_failure, translated
+from splitnet.errors import BadInput, ProtocolError, SplitnetError
+from splitnet.linkprobe import measure_link
+from splitnet.plan import NodeRef
+from splitnet.reference_kernel import measure_reference
+from splitnet.rpc.v1 import node_pb2 as pb
+from splitnet.rpc.v1.node_pb2_grpc import NodeServicer
+from splitnet.wire import MAX_MESSAGE_BYTES, Message, decode_frame, encode_frame
+
+__all__ = ["Servicer", "frame_handlers"]
+
+_MEASURE_S = 2.0
+_LONGEST_MEASURE_S = 60.0
+_LONGEST_NAME = 100
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Reply = TypeVar("Reply")
+
+
+class Servicer(NodeServicer):
+    def __init__(
+        self, pipeline: Pipeline, ingress: Ingress, installer: Installer, describer: Describer, store: BlobStore, compute: ComputeThread
+    ) -> None:
+        self._pipeline = pipeline
+        self._ingress = ingress
+        self._installer = installer
+        self._describer = describer
+        self._store = store
+        self._compute = compute
+        self._log = pipeline.log
+        self.clients: set[ClientStream] = set()
+
+    # ------------------------------------------------------------------------------------------------------------ requests
+
+    async def Run(self, _: object, context: Context) -> None:  # type: ignore[override] # registered by `frame_handlers`
+        """Reads until the client has said all, and answers until all of it is answered."""
+        client = ClientStream()
+        self.clients.add(client)
+        writer = asyncio.create_task(client.outbox.pump(_writer(context)), name="answers to a client")
+        try:
+            async for message in _frames(context):
+                await self._ingress.receive(client, message.frame, message.payload)
+            await client.settled()
+        except SplitnetError as error:
+            await abort_with(context, error.at(node=self._pipeline.config.name))
+        finally:
+            self.clients.discard(client)
+            self._ingress.client_gone(client)
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+
+    async def Forward(self, _: object, context: Context) -> None:  # type: ignore[override] # registered by `frame_handlers`
+        """Greets, then takes what the other node sends until the stream ends."""
+        sender = _sender(context)
+        write = _writer(context)
+        await write(Message(pb.Frame()))
+        token = self._pipeline.sender_opened(sender)
+        try:
+            async for message in _frames(context):
+                frame = message.frame
+                key = RequestKey(frame.deployment, frame.ingress, frame.request)
+                try:
+                    await self._take(key, message)
+                except SplitnetError as error:
+                    error.at(node=self._pipeline.config.name, stage=frame.stage)
+                    self._log.warning("frame refused", request=key.request[:_LONGEST_NAME], sender=sender.name, error=error.message)
+                    reply = pb.Frame(
+                        request=key.request, deployment=key.deployment, ingress=key.ingress, failure=to_failure(error, key.request)
+                    )
+                    await write(Message(reply))
+        except SplitnetError as error:
+            self._log.warning("link refused", sender=sender.name, address=sender.address, error=error.message)
+            await abort_with(context, error.at(node=self._pipeline.config.name))
+        finally:
+            self._pipeline.sender_closed(sender, token)
+
+    async def _take(self, key: RequestKey, message: Message) -> None:
+        frame = message.frame
+        if max(map(len, key)) > _LONGEST_NAME or len(frame.stage) > _LONGEST_NAME or not key.request:
+            raise ProtocolError("a frame's request, deployment, stage or ingress is missing or too long")
+        if frame.HasField("failure"):
+            self._pipeline.failed_elsewhere(key, from_failure(frame.failure))
+        elif frame.HasField("cancel"):
+            self._pipeline.dropped_by_ingress(key)
+        elif frame.HasField("tensor"):
+            await self._pipeline.take(key, frame.stage, frame.tensor, message.payload, frame.timeout_s)
+        else:
+            raise ProtocolError("a frame has neither a tensor, nor a failure, nor a cancellation")
+
+    # ------------------------------------------------------------------------------------------------------------- install
+
+    async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
+        return self._describer.describe(request.deployment)
+
+    async def Load(self, request_iterator: AsyncIterator[pb.LoadRequest], context: Context) -> AsyncIterator[pb.LoadReply]:
+        try:
+            async for reply in receive_blob(self._store, request_iterator, self._log):
+                yield reply
+        except SplitnetError as error:
+            await abort_with(context, error.at(node=self._pipeline.config.name))
+
+    async def Activate(self, request: pb.ActivateRequest, context: Context) -> pb.ActivateReply:
+        async def act() -> pb.ActivateReply:
+            deployment, load_s = await self._installer.activate(request.deployment, request.plan_json, request.node, dict(request.shards))
+            return pb.ActivateReply(reserved_bytes=deployment.reserved_bytes, load_s=load_s)
+
+        return await self._guarded(context, act)
+
+    async def Unload(self, request: pb.UnloadRequest, context: Context) -> pb.UnloadReply:
+        async def act() -> pb.UnloadReply:
+            drain_s = min(max(request.drain_s, 0.0), self._pipeline.config.request_s)
+            return pb.UnloadReply(cancelled=await self._installer.unload(request.deployment, drain_s, request.delete_blobs))
+
+        return await self._guarded(context, act)
+
+    # ------------------------------------------------------------------------------------------------------------- measure
+
+    async def Probe(self, request_iterator: AsyncIterator[pb.ProbeRequest], context: Context) -> AsyncIterator[pb.ProbeReply]:
+        async for request in request_iterator:
+            if request.reply_bytes > MAX_MESSAGE_BYTES - 1024:
+                await abort_with(
+                    context, BadInput(f"reply_bytes {request.reply_bytes} is more than fits into a message of {MAX_MESSAGE_BYTES}")
+                )
+            yield pb.ProbeReply(received_bytes=len(request.payload), payload=bytes(request.reply_bytes))
+
+    async def Measure(self, request: pb.MeasureRequest, context: Context) -> pb.MeasureReply:
+        async def act() -> pb.MeasureReply:
+            budget_s = min(request.budget_s, _LONGEST_MEASURE_S) if request.budget_s > 0 else _MEASURE_S
+            if request.WhichOneof("what") == "peer_address":
+                return await _measured_link(request.peer_address, budget_s)
+            if request.compute:
+                threads = self._pipeline.config.threads
+                reference = await self._compute.call(lambda: measure_reference(threads, budget_s))
+                return pb.MeasureReply(seconds=reference.seconds)
+            raise BadInput("Measure: neither peer_address nor compute is given")
+
+        return await self._guarded(context, act)
+
+    async def _guarded(self, context: Context, act: Callable[[], Awaitable[Reply]]) -> Reply:
+        try:
+            return await act()
+        except SplitnetError as error:
+            await abort_with(context, error.at(node=self._pipeline.config.name))
+
+
+async def _measured_link(address: str, budget_s: float) -> pb.MeasureReply:
+    channel = open_channel(address)
+    try:
+        with translated(address):
+            peer = await stub(channel).Describe(pb.DescribeRequest(), timeout=budget_s + 5)
+            measured = await measure_link(stub(channel), budget_s)
+    finally:
+        await channel.close()
+    return pb.MeasureReply(
+        round_trip_s=measured.round_trip_s,
+        bandwidth_bytes_per_s=measured.bandwidth_bytes_per_s,
+        peer_name=peer.name,
+        samples=[pb.ProbeSample(bytes=sample.bytes, seconds=sample.seconds) for sample in measured.samples],
+    )
+
+
+def frame_handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
+    """Run and Forward with undecoded messages: `wire.decode_frame` finds the payload in them without a copy."""
+    return grpc.method_handlers_generic_handler(
+        "splitnet.rpc.v1.Node",
+        {"Run": grpc.stream_stream_rpc_method_handler(servicer.Run), "Forward": grpc.stream_stream_rpc_method_handler(servicer.Forward)},
+    )
+
+
+async def _frames(context: Context) -> AsyncIterator[Message]:
+    """Raises ProtocolError for bytes that are not a frame."""
+    while isinstance(data := await context.read(), bytes):  # else grpc.aio.EOF
+        yield decode_frame(data)
+
+
+def _writer(context: Context) -> Callable[[Message], Awaitable[None]]:
+    async def write(message: Message) -> None:
+        await context.write(encode_frame(message))
+
+    return write
+
+
+def _sender(context: Context) -> NodeRef:
+    """Who opened this stream, by its own words."""
+    said = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    return NodeRef(said.get(NAME_KEY, "")[:_LONGEST_NAME], said.get(ADDRESS_KEY, "")[:_LONGEST_NAME])
