@@ -22,6 +22,8 @@ from splitnet.tensors import TensorSpec
 
 __all__ = ["Installer"]
 
+_BUFFERED_REQUESTS = 2  # whose inputs a stage holds at the least: one computes while the next arrives. The planner counts the same
+
 
 class Installer:
     """One thing at a time: what a deployment reserves is decided before the next one is looked at."""
@@ -155,7 +157,8 @@ def _checked(plan: Plan, spec: StageSpec, shard: Shard) -> int:
             )
     if not spec.inputs:
         raise BadPlan(f"stage {spec.name!r} has no input, so nothing would start it", remedy="make the plan again")
-    return manifest.param_bytes + manifest.activation_bytes
+    received_bytes = sum(transfer.bytes for transfer in plan.transfers if transfer.target == spec.name)
+    return manifest.param_bytes + manifest.activation_bytes + _BUFFERED_REQUESTS * received_bytes
 
 
 def _faces(specs: tuple[TensorSpec, ...]) -> list[tuple[str, str, int]]:

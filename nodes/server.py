@@ -22,16 +22,13 @@ from nodes.installer import Installer
 from nodes.link import Links
 from nodes.logs import Log
 from nodes.pipeline import Pipeline
-from nodes.servicer import Servicer, frame_handlers
+from nodes.servicer import SERVICE, Servicer, add_to_server
 from nodes.store import BlobStore
 from splitnet.channel import SERVER_OPTIONS
 from splitnet.errors import BadInput, Cancelled
-from splitnet.rpc.v1 import node_pb2
-from splitnet.rpc.v1.node_pb2_grpc import add_NodeServicer_to_server
 
 __all__ = ["NodeServer", "serve"]
 
-SERVICE = node_pb2.DESCRIPTOR.services_by_name["Node"].full_name
 _CODEC_THREADS = 2
 _MAX_CALLS = 512  # at one time, streams included
 _SWITCH_INTERVAL_S = 0.0005  # the event loop must not wait 5 ms for the compute thread's Python
@@ -68,8 +65,7 @@ class NodeServer:
         installer = Installer(self.pipeline, store, self._compute, self._links)
         self._servicer = Servicer(self.pipeline, ingress, installer, Describer(self.pipeline, installer, self._links), store, self._compute)
         self._health = health.aio.HealthServicer()
-        self._server.add_generic_rpc_handlers((frame_handlers(self._servicer),))  # before the generated ones, which decode
-        add_NodeServicer_to_server(self._servicer, self._server)
+        add_to_server(self._servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         for service in ("", SERVICE):

@@ -25,10 +25,12 @@ from splitnet.linkprobe import measure_link
 from splitnet.plan import NodeRef
 from splitnet.reference_kernel import measure_reference
 from splitnet.rpc.v1 import node_pb2 as pb
-from splitnet.rpc.v1.node_pb2_grpc import NodeServicer
+from splitnet.rpc.v1.node_pb2_grpc import NodeServicer, add_NodeServicer_to_server
 from splitnet.wire import MAX_MESSAGE_BYTES, Message, decode_frame, encode_frame
 
-__all__ = ["Servicer", "frame_handlers"]
+__all__ = ["SERVICE", "Servicer", "add_to_server"]
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Node"].full_name
 
 _MEASURE_S = 2.0
 _LONGEST_MEASURE_S = 60.0
@@ -52,7 +54,7 @@ class Servicer(NodeServicer):
 
     # ------------------------------------------------------------------------------------------------------------ requests
 
-    async def Run(self, _: object, context: Context) -> None:  # type: ignore[override] # registered by `frame_handlers`
+    async def Run(self, _: object, context: Context) -> None:  # type: ignore[override] # registered by `add_to_server`
         """Reads until the client has said all, and answers until all of it is answered."""
         client = ClientStream()
         self.clients.add(client)
@@ -69,7 +71,7 @@ class Servicer(NodeServicer):
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
 
-    async def Forward(self, _: object, context: Context) -> None:  # type: ignore[override] # registered by `frame_handlers`
+    async def Forward(self, _: object, context: Context) -> None:  # type: ignore[override] # registered by `add_to_server`
         """Greets, then takes what the other node sends until the stream ends."""
         sender = _sender(context)
         write = _writer(context)
@@ -179,12 +181,14 @@ async def _measured_link(address: str, budget_s: float) -> pb.MeasureReply:
     )
 
 
-def frame_handlers(servicer: Servicer) -> grpc.GenericRpcHandler:
-    """Run and Forward with undecoded messages: `wire.decode_frame` finds the payload in them without a copy."""
-    return grpc.method_handlers_generic_handler(
-        "splitnet.rpc.v1.Node",
-        {"Run": grpc.stream_stream_rpc_method_handler(servicer.Run), "Forward": grpc.stream_stream_rpc_method_handler(servicer.Forward)},
-    )
+def add_to_server(servicer: Servicer, server: grpc.aio.Server) -> None:
+    """Registers all calls; Run and Forward with undecoded messages: `wire.decode_frame` finds the payload in them without a copy."""
+    add_NodeServicer_to_server(servicer, server)
+    undecoded = {
+        "Run": grpc.stream_stream_rpc_method_handler(servicer.Run),
+        "Forward": grpc.stream_stream_rpc_method_handler(servicer.Forward),
+    }
+    server.add_registered_method_handlers(SERVICE, undecoded)  # take the place of the generated ones
 
 
 async def _frames(context: Context) -> AsyncIterator[Message]:

@@ -1,0 +1,148 @@
+"""Small real modules, captured and cut by hand for the tests of serving: which operator runs in which stage, on which node."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from partitioner.capturing import capture
+from partitioner.cutting import cut
+from partitioner.graph import ModelGraph
+from partitioner.layout import lay_out
+from splitnet.cluster import Cluster
+from splitnet.plan import NodeRef, Plan, StageSpec
+from splitnet.shard import Shard
+
+__all__ = ["Chain", "Diamond", "Fragile", "Slow", "Split", "captured", "split"]
+
+
+class Chain(torch.nn.Module):
+    """Three layers, and a skip connection over the second."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(width, width)
+        self.second = torch.nn.Linear(width, width)
+        self.third = torch.nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = torch.relu(self.first(x))
+        return self.third(torch.relu(self.second(a)) + a)
+
+
+class Diamond(torch.nn.Module):
+    """Two inputs, two branches that meet again, two outputs of which one leaves early."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.left = torch.nn.Linear(width, width)
+        self.right = torch.nn.Linear(width, width)
+        self.join = torch.nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        left = torch.relu(self.left(x))
+        right = torch.tanh(self.right(y))
+        return {"joined": self.join(torch.cat([left, right], 1)), "early": left}
+
+
+class Slow(torch.nn.Module):
+    """Three layers of which the second takes its time: about `rounds` x 2 ms for each row."""
+
+    def __init__(self, rounds: int, width: int = 256) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(8, width)
+        self.second = torch.nn.Linear(width, width, bias=False)
+        self.third = torch.nn.Linear(width, 4)
+        self.rounds = rounds
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.first(x))
+        for _ in range(self.rounds):
+            h = torch.tanh(self.second(h))
+        return self.third(h)
+
+
+class Fragile(torch.nn.Module):
+    """Its second stage fails for an index that is out of range."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(10, 8)
+        self.head = torch.nn.Linear(8, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.table(ids + 1)))
+
+
+def captured(module: torch.nn.Module, *example: torch.Tensor) -> ModelGraph:
+    return capture(module.eval(), example, name=type(module).__name__.lower())
+
+
+@dataclass(frozen=True)
+class Split:
+    """A model, the plan that divides it, and its shards."""
+
+    model: ModelGraph
+    plan: Plan
+    shards: Mapping[str, Shard]
+
+    @property
+    def address(self) -> str:
+        return self.plan.ingress.address
+
+    def whole(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What the undivided model answers."""
+        with torch.inference_mode():
+            outputs = self.model.run({name: torch.from_numpy(array) for name, array in inputs.items()})
+        return {name: tensor.numpy() for name, tensor in outputs.items()}
+
+    def inputs(self, batch: int = 2, seed: int = 0) -> dict[str, np.ndarray]:
+        generator = np.random.default_rng(seed)
+        made: dict[str, np.ndarray] = {}
+        for spec in self.plan.inputs:
+            shape = [size if isinstance(size, int) else batch for size in spec.shape]
+            whole_numbers = spec.dtype.startswith("int")
+            made[spec.name] = (generator.integers(0, 8, shape) if whole_numbers else generator.standard_normal(shape)).astype(spec.dtype)
+        return made
+
+
+def split(
+    model: ModelGraph,
+    cluster: Cluster,
+    directory: Path,
+    stages: Sequence[tuple[str, Callable[[str], bool]]],
+    *,
+    codec: str = "raw",
+    max_in_flight: int = 16,
+) -> Split:
+    """Cuts `model` into `stages`: (node, which operators by name), in order; an operator goes to the first stage that wants it."""
+    assignment = {
+        vertex.name: next(i for i, (_, wants) in enumerate(stages) if wants(vertex.name))
+        for vertex in model.structure.vertices
+        if vertex.op != "input"
+    }
+    layout = lay_out(model.structure, assignment)
+    names = {stage.index: f"stage{stage.index}" for stage in layout.stages}
+    specs = tuple(
+        StageSpec(names[s.index], stages[s.index][0], s.operators, s.inputs, s.outputs, s.param_bytes, s.activation_bytes)
+        for s in layout.stages
+    )
+    transfers = tuple(dataclasses.replace(transfer, codec=codec) for transfer in layout.transfers(names))
+    plan = Plan(
+        model=model.name,
+        model_sha256=model.sha256,
+        objective="latency",
+        nodes=tuple(NodeRef(node.name, node.address) for node in cluster.nodes),
+        stages=specs,
+        transfers=transfers,
+        inputs=model.structure.inputs,
+        outputs=model.structure.outputs,
+        max_in_flight=max_in_flight,
+    )
+    shards = cut(model, plan, directory)
+    return Split(model, plan.with_shards({name: shard.sha256 for name, shard in shards.items()}), shards)
