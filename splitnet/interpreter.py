@@ -253,7 +253,7 @@ def _read(tensor: Any, axis: int, scale: int, offset: int) -> int:
     size, rest = divmod(tensor.shape[axis] - offset, scale)
     if rest:
         raise ValueError(f"dimension {axis} is {tensor.shape[axis]}, which is not {scale} times a whole number plus {offset}")
-    return size
+    return int(size)
 
 
 def _cond(chosen: Any, then: Program, otherwise: Program, operands: Sequence[Any]) -> list[Any]:

@@ -90,8 +90,8 @@ def to_array(value: torch.Tensor | float) -> np.ndarray:
         return np.array(value)  # int64, float64 or bool
     value = value.detach().resolve_conj().resolve_neg()
     if value.dtype == torch.bfloat16:
-        return value.view(torch.int16).numpy().view(_BFLOAT16)  # type: ignore[no-any-return]
-    return value.numpy()  # type: ignore[no-any-return]
+        return value.view(torch.int16).numpy().view(_BFLOAT16)
+    return value.numpy()
 
 
 def _load_weights(shard: Shard, specs: Mapping[str, WeightSpec]) -> dict[str, torch.Tensor]:
@@ -99,7 +99,7 @@ def _load_weights(shard: Shard, specs: Mapping[str, WeightSpec]) -> dict[str, to
     weights: dict[str, torch.Tensor] = {}
     for path in shard.weights:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118: not a mapping
+            for name in file.keys():  # noqa: SIM118 (it is not a mapping)
                 if name not in specs:
                     raise BadShard(f"{path}: the graph does not know the weight {name!r}", remedy="cut the model again")
                 weights[name] = _restore(file.get_tensor(name), name, specs[name], str(path))

@@ -1,0 +1,326 @@
+"""capture: any module that torch.export takes becomes a ModelGraph, and is held against the module itself."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.export.graph_signature import InputKind, OutputKind
+
+from partitioner.exporting import BATCH, DynamicShapes, Exported, as_tensor, export
+from partitioner.expressions import render
+from partitioner.graph import ModelGraph, used_weights
+from partitioner.kinds import CHEAP_PARAM_BYTES, estimate_flops, is_cheap_kind
+from partitioner.layout import lay_out
+from partitioner.lowering import Lowered, Lowering
+from partitioner.structure import Structure, Vertex
+from partitioner.trees import InputTree, flatten_output
+from splitnet.errors import CaptureError
+from splitnet.graph import Operator, Ref, Weight, references
+from splitnet.interpreter import Program
+from splitnet.plan import OutputSpec
+from splitnet.tensors import TensorSpec
+
+__all__ = ["capture"]
+
+
+def capture(module: torch.nn.Module, example_inputs: Any, *, name: str = "", dynamic_shapes: DynamicShapes | None = None) -> ModelGraph:
+    """The module as a graph of operators, with a symbolic batch (dimension 0 of the inputs).
+
+    `example_inputs`: a tensor, a tuple of positional inputs, or a dict of keyword inputs; they may nest. `dynamic_shapes` makes more
+    dimensions symbolic, by flat input name: {"input_ids": {1: "sequence"}}. The module is captured as it is in eval mode and is
+    left as it was; its weights are shared, not copied.
+
+    The graph is run once beside the module on the example inputs. Raises CaptureError, naming the operator or the line, for a
+    module that cannot be exported or that computes something else than its graph; BadInput for example inputs of a wrong kind. Warns
+    where a dimension could not be symbolic, or where results agree only within rounding; `structure.notes` says the same.
+    """
+    inputs = InputTree(module, example_inputs)
+    training = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        outputs = _run_eagerly(module, inputs)
+        return _capture(module, inputs, outputs, name or type(module).__name__, dynamic_shapes or {})
+    finally:
+        for m in training:
+            m.training = True
+
+
+def _run_eagerly(module: torch.nn.Module, inputs: InputTree) -> list[tuple[str, torch.Tensor]]:
+    args, kwargs = inputs.fill(inputs.tensors)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the module's own business
+        try:
+            result = module(*args, **kwargs)
+        except Exception as error:
+            text = (str(error).strip().splitlines() or [""])[0]
+            raise CaptureError(
+                f"{type(module).__name__} fails on its own example inputs: {type(error).__name__}: {text[:300]}",
+                remedy="give the inputs with which the module runs",
+            ) from error
+    leaves = [(path, as_tensor(value)) for path, value in flatten_output(result)]
+    if not leaves:
+        raise CaptureError(f"{type(module).__name__} returns no tensor", remedy="return at least one tensor")
+    return leaves
+
+
+def _capture(
+    module: torch.nn.Module, inputs: InputTree, outputs: list[tuple[str, torch.Tensor]], name: str, dynamic: DynamicShapes
+) -> ModelGraph:
+    exported = export(module, inputs, dynamic)
+    notes = list(exported.notes)
+    lowered, weights, results = _lower(exported, inputs, notes)
+    if len(results) != len(outputs):
+        raise CaptureError(f"the exported graph has {len(results)} outputs, the module {len(outputs)}")
+    _drop_unused(lowered, [r.name for r in results])
+    example = dict(zip(inputs.names, inputs.tensors, strict=True))
+    symbols = _example_symbols(lowered, example)
+    unmeasured = _structure(name, lowered, weights, example, results, [path for path, _ in outputs], symbols, {})
+    draft = _model(unmeasured, lowered, weights, example)
+    values, answers = _measure(draft, name)
+    _compare(name, outputs, answers, notes)
+    for note in notes:
+        warnings.warn(f"{name}: {note}", stacklevel=4)
+    structure = _structure(name, lowered, weights, example, results, [path for path, _ in outputs], symbols, values, tuple(notes))
+    return _model(structure, lowered, weights, example)
+
+
+def _lower(exported: Exported, inputs: InputTree, notes: list[str]) -> tuple[Lowered, dict[str, torch.Tensor], list[Ref]]:
+    program = exported.program
+    signature = program.graph_signature
+    lowering = Lowering(exported.symbols, set(inputs.names))
+    placeholders = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+    environment: dict[Any, Any] = {}
+    weights: dict[str, torch.Tensor] = {}
+    twins: dict[Any, str] = {}
+    user_inputs = iter(inputs.names)
+    for spec in signature.input_specs:
+        node = placeholders[spec.arg.name]
+        if spec.kind is InputKind.USER_INPUT:
+            given = next(user_inputs)
+            lowering.result.values[given] = _input_value(lowering, given, node.meta["val"])
+            environment[node] = Ref(given)
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            target = str(spec.target)
+            tensor = program.state_dict[target] if target in program.state_dict else program.constants[target]
+            identity = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) if tensor.numel() else target
+            plain = twins.setdefault(identity, target.removeprefix("module."))
+            weights.setdefault(plain, tensor)
+            environment[node] = Weight(plain)
+        else:
+            raise CaptureError(f"the module holds {spec.target!r} of kind {spec.kind.name}, which a shard cannot hold")
+    returned = lowering.lower(program.graph_module, environment)
+    results: list[Ref] = []
+    kept: list[tuple[str, str]] = []
+    for spec, value in zip(signature.output_specs, returned, strict=True):
+        if spec.kind is OutputKind.USER_OUTPUT:
+            results.append(_as_value(lowering, value, inputs.names))
+        elif spec.kind is OutputKind.BUFFER_MUTATION:
+            kept.append((str(spec.target).removeprefix("module."), getattr(value, "name", "")))
+        elif spec.kind is not OutputKind.USER_INPUT_MUTATION:  # the client's own array stays as it was
+            raise CaptureError(f"the module has an output of kind {spec.kind.name}, which a shard cannot have")
+    _check_state(lowering.result, kept, results, notes)
+    return lowering.result, weights, results
+
+
+def _input_value(lowering: Lowering, name: str, meta: torch.Tensor) -> Any:
+    lowering._define(name, meta, name)
+    return lowering.result.values[name]
+
+
+def _as_value(lowering: Lowering, value: Any, inputs: list[str]) -> Ref:
+    """A result as a value that an operator produces, also where it is an input, a weight or a number."""
+    if isinstance(value, Ref) and value.name not in inputs and lowering.result.values[value.name].kind == "tensor":
+        return value
+    if isinstance(value, Ref) and lowering.result.values[value.name].kind == "tensor":
+        return lowering.alias(value, lowering.result.values[value.name])
+    raise CaptureError(f"an output is {value!r}, which is no tensor")
+
+
+def _check_state(lowered: Lowered, kept: list[tuple[str, str]], results: list[Ref], notes: list[str]) -> None:
+    """A buffer that forward changes is refused where the answer depends on it: the next request would have to see the change."""
+    producer = {name: op for op in lowered.operators for name in op.results}
+    needed, pending = set(), [r.name for r in results]
+    weights: set[str] = set()
+    while pending:
+        op = producer.get(pending.pop())
+        if op is not None and op.results[0] not in needed:
+            needed.add(op.results[0])
+            used = list(references((op.args, op.kwargs)))
+            pending += [r.name for r in used if isinstance(r, Ref)]
+            weights |= {r.name for r in used if isinstance(r, Weight)}
+    for buffer, _ in kept:
+        if buffer in weights:
+            raise CaptureError(
+                f"forward changes the buffer {buffer!r} and its answer depends on it, so that requests would depend on each other",
+                remedy="keep state out of forward: pass it in and return it, or call module.eval()",
+            )
+        notes.append(f"forward changes the buffer {buffer!r}; the answer does not depend on it, so the change is left out")
+
+
+def _drop_unused(lowered: Lowered, results: list[str]) -> None:
+    needed = set(results)
+    kept = []
+    for op in reversed(lowered.operators):
+        if needed.intersection(op.results):
+            kept.append(op)
+            needed |= {r.name for r in references((op.args, op.kwargs)) if isinstance(r, Ref)}
+    lowered.operators[:] = reversed(kept)
+    for size in set(lowered.sizes) - needed:
+        del lowered.sizes[size]
+
+
+def _example_symbols(lowered: Lowered, example: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The value of each symbol in the example inputs."""
+    from partitioner.sizes import find_sources
+
+    specs = [TensorSpec(v.name, v.dtype, v.shape) for name in example for v in [lowered.values[name]]]
+    return {
+        text: (example[source.value].shape[source.axis] - source.offset) // source.scale
+        for text, source in find_sources(specs).items()
+        if text.isidentifier()
+    }
+
+
+def _structure(
+    name: str, lowered: Lowered, weights: Mapping[str, torch.Tensor], example: Mapping[str, torch.Tensor], results: list[Ref],
+    paths: list[str], symbols: dict[str, int], measured: Mapping[str, tuple[tuple[int, ...], int]], notes: tuple[str, ...] = (),
+) -> Structure:  # fmt: skip
+    """`measured`: value -> (shape, bytes) at the example inputs."""
+    specs = {v.name: TensorSpec(v.name, v.dtype, v.shape) for v in lowered.values.values()}
+    sizes = {value: render(tree) for value, tree in lowered.sizes.items()}
+    vertices = [Vertex(n, "input", (specs[n],), value_bytes=(t.nbytes,), activation_bytes=t.nbytes) for n, t in example.items()]
+    carriers = {}
+    for spec in sorted((specs[n] for n in example), key=lambda s: (example[s.name].nbytes, s.name)):
+        for size in spec.shape:
+            for symbol in symbols:
+                if isinstance(size, str) and symbol in size:
+                    carriers.setdefault(symbol, spec.name)
+    for value, text in sizes.items():
+        used = tuple(sorted({carrier for symbol, carrier in carriers.items() if symbol in text}))
+        vertices.append(Vertex(value, "size", (specs[value],), inputs=used, value_bytes=(8,), activation_bytes=8, cheap=True))
+    bytes_of = {n: t.nbytes for n, t in example.items()} | dict.fromkeys(sizes, 8) | {v: b for v, (_, b) in measured.items()}
+    shapes = {n: tuple(t.shape) for n, t in (*example.items(), *weights.items())} | {v: s for v, (s, _) in measured.items()}
+    cheap = set(sizes)
+    constant: set[str] = set()
+    for op in lowered.operators:
+        arguments = list(references((op.args, op.kwargs)))
+        used = tuple(dict.fromkeys(r.name for r in arguments if isinstance(r, Ref)))
+        params = used_weights(op)
+        param_bytes = sum(weights[p].nbytes for p in params)
+        is_constant = not used or all(value in constant for value in used)
+        is_cheap = is_constant or (
+            is_cheap_kind(op.op) and param_bytes <= CHEAP_PARAM_BYTES and all(value in cheap or value in example for value in used)
+        )
+        cheap.update(op.results if is_cheap else ())
+        constant.update(op.results if is_constant else ())
+        value_bytes = tuple(bytes_of.get(value, 0) for value in op.results)
+        tensors = [shapes[r.name] for r in arguments if r.name in shapes]
+        vertices.append(
+            Vertex(
+                name=lowered.names[op.results[0]],
+                op=op.op,
+                values=tuple(specs[value] for value in op.results),
+                inputs=used,
+                params=params,
+                param_bytes=param_bytes,
+                value_bytes=value_bytes,
+                activation_bytes=sum(value_bytes) + sum(bytes_of.get(value, 0) for value in used),
+                flops=estimate_flops(op.op, tensors, shapes.get(op.results[0], ())),
+                cheap=is_cheap,
+                scope=lowered.scopes[op.results[0]],
+            )
+        )
+    used_names = {p for v in vertices for p in v.params}
+    return Structure(
+        name=name,
+        sha256=_digest(lowered, {n: weights[n] for n in sorted(used_names)}, results, paths) if measured else "",
+        batch=symbols.get(BATCH, 1),
+        vertices=tuple(vertices),
+        inputs=tuple(specs[n] for n in example),
+        outputs=tuple(
+            OutputSpec(r.name, TensorSpec(path, specs[r.name].dtype, specs[r.name].shape)) for r, path in zip(results, paths, strict=True)
+        ),
+        param_sizes={n: weights[n].nbytes for n in weights if n in used_names},
+        sizes=sizes | {v.name: "" for v in lowered.values.values() if v.kind == "int" and v.name not in sizes and v.name in bytes_of},
+        symbols=symbols,
+        notes=notes,
+    )
+
+
+def _model(structure: Structure, lowered: Lowered, weights: Mapping[str, torch.Tensor], example: Mapping[str, torch.Tensor]) -> ModelGraph:
+    return ModelGraph(
+        structure=structure,
+        operators={lowered.names[op.results[0]]: op for op in lowered.operators},
+        kinds={v.name: v.kind for v in lowered.values.values()},
+        sizes=dict(lowered.sizes),
+        weights={n: w for n, w in weights.items() if n in structure.param_sizes},
+        example_inputs=example,
+    )
+
+
+def _measure(model: ModelGraph, name: str) -> tuple[dict[str, tuple[tuple[int, ...], int]], list[torch.Tensor]]:
+    """Runs the graph on the example inputs: shape and bytes of each value, and the outputs in order."""
+    structure = model.structure
+    stage = lay_out(structure, {v.name: 0 for v in structure.vertices if v.op != "input"}).stages[0]
+    measured: dict[str, tuple[tuple[int, ...], int]] = {}
+
+    def observe(op: Operator, _seconds: float, result: Any) -> None:
+        items = (result,) if isinstance(op.out, str) else result
+        names = (op.out,) if isinstance(op.out, str) else op.out
+        for value, item in zip(names, items, strict=False):
+            if value is not None:
+                measured[value] = (tuple(item.shape), _stored_bytes(item)) if isinstance(item, torch.Tensor) else ((), 8)
+
+    with torch.inference_mode():
+        program = Program(model.document(stage), torch, {n: w.detach() for n, w in model.weights.items()})
+        results = program.run([model.example_inputs[spec.name] for spec in stage.inputs], observe)
+    by_value = dict(zip((spec.name for spec in stage.outputs), results, strict=True))
+    return measured, [by_value[o.value] for o in structure.outputs]
+
+
+def _stored_bytes(tensor: torch.Tensor) -> int:
+    """What the wire sends: a broadcast dimension once."""
+    count = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        count *= size if stride or not size else 1
+    return count * tensor.element_size()
+
+
+def _compare(name: str, outputs: list[tuple[str, torch.Tensor]], answers: list[torch.Tensor], notes: list[str]) -> None:
+    """The graph against the module: equal bits are expected; rounding is noted; anything else is refused."""
+    for (path, expected), actual in zip(outputs, answers, strict=True):
+        if expected.dtype != actual.dtype or expected.shape != actual.shape:
+            raise CaptureError(
+                f"output {path!r} of {name} is {expected.dtype} {tuple(expected.shape)}, its graph gives {actual.dtype} {tuple(actual.shape)}",
+                remedy="does the module depend on what it was called with before?",
+            )
+        if same_bits(expected, actual):
+            continue
+        difference = (expected - actual).abs().nan_to_num().max().item() if expected.dtype != torch.bool and expected.numel() else 1.0
+        if not torch.allclose(expected, actual, rtol=1e-3, atol=1e-4, equal_nan=True):
+            raise CaptureError(
+                f"output {path!r} of {name} differs from its graph's by up to {difference:g}",
+                remedy="the module computes something else each time, or keeps state: make forward a function of its inputs and weights",
+            )
+        notes.append(f"output {path!r} of the graph differs from the module's by up to {difference:g} (another kernel rounds otherwise)")
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal in dtype, shape and every bit; all NaNs are alike."""
+    return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _digest(lowered: Lowered, weights: Mapping[str, torch.Tensor], results: list[Ref], paths: list[str]) -> str:
+    digest = hashlib.sha256()
+    for part in (lowered.operators, sorted(lowered.sizes.items()), sorted(lowered.values.items()), results, paths):
+        digest.update(repr(part).encode())
+    for name, weight in weights.items():
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        if weight.numel():
+            data = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(memoryview(data.numpy()))
+    return digest.hexdigest()

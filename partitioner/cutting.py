@@ -1,0 +1,89 @@
+"""cut: a captured model and a plan become shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from partitioner.graph import ModelGraph, weight_spec
+from partitioner.layout import Layout, StageLayout, lay_out
+from splitnet.errors import BadPlan
+from splitnet.plan import Plan
+from splitnet.shard import Shard, write_shard
+
+__all__ = ["cut", "write_stage"]
+
+
+def cut(model: ModelGraph, plan: Plan, directory: str | Path) -> dict[str, Shard]:
+    """Writes the shard of each stage to `directory`/<stage name>, and returns them by stage name; `plan.with_shards` takes their
+    hashes. A shard that stood there is replaced. Raises BadPlan for a plan that was made for another model, or whose stages are not
+    what this model gives for their operators."""
+    if plan.model_sha256 != model.sha256:
+        raise BadPlan(
+            f"the plan is for the model {plan.model!r} ({plan.model_sha256[:12]}), not for {model.name!r} ({model.sha256[:12]})",
+            remedy="make the plan again for this model",
+        )
+    assignment = {operator: index for index, stage in enumerate(plan.stages) for operator in stage.operators}
+    layout = lay_out(model.structure, assignment)
+    _check(plan, layout)
+    shards = {}
+    for stage in layout.stages:
+        name = plan.stages[stage.index].name
+        shards[name] = write_stage(model, stage, Path(directory) / name, name=name)
+    return shards
+
+
+def write_stage(model: ModelGraph, stage: StageLayout, directory: Path, *, name: str) -> Shard:
+    """Writes one stage's shard."""
+    directory.mkdir(parents=True, exist_ok=True)
+    members: dict[str, bytes | Path] = {"graph.json": model.document(stage).to_bytes()}
+    if stage.params:
+        weights = directory / "weights.safetensors"
+        save_file(_stored(model.weights, stage.params), str(weights))
+        members["weights.safetensors"] = weights
+    return write_shard(
+        directory,
+        model=model.name,
+        model_sha256=model.sha256,
+        stage=name,
+        engine="torch-graph",
+        inputs=stage.inputs,
+        outputs=stage.outputs,
+        members=members,
+        param_bytes=stage.param_bytes,
+        activation_bytes=stage.activation_bytes,
+    )
+
+
+def _stored(weights: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Each weight as its bytes lie in memory, and apart from the others: safetensors refuses tensors that share memory."""
+    stored: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name in names:
+        weight = weights[name].detach().cpu()
+        lying = weight.permute(weight_spec(weight).order).contiguous()
+        address = lying.untyped_storage().data_ptr()
+        if address in seen or lying.untyped_storage().nbytes() != lying.nbytes:
+            lying = lying.clone()
+        seen.add(address)
+        stored[name] = lying
+    return stored
+
+
+def _check(plan: Plan, layout: Layout) -> None:
+    described = {stage.index: stage for stage in layout.stages}
+    for index, stage in enumerate(plan.stages):
+        if index not in described:
+            raise BadPlan(f"stage {stage.name!r} has nothing to compute", remedy="make the plan again")
+        for what, planned, found in (
+            ("inputs", stage.inputs, described[index].inputs),
+            ("outputs", stage.outputs, described[index].outputs),
+        ):
+            if sorted(s.name for s in planned) != sorted(s.name for s in found):
+                raise BadPlan(
+                    f"stage {stage.name!r}: the plan's {what} are {[s.name for s in planned]}, its operators need {[s.name for s in found]}",
+                    remedy="make the plan again with this version of splitnet",
+                )
