@@ -206,6 +206,7 @@ class _Draft:
                 memory_bytes=dict(cost.memory_bytes),
                 bytes_per_link={f"{a}->{b}": size for (a, b), size in cost.link_bytes.items()},
                 alternatives=alone,
+                symbols=dict(structure.symbols),
             ),
         )
 

@@ -82,8 +82,8 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """For batches of `batch` items. `throughput_per_s` counts batches. `memory_bytes` is per node; `bytes_per_link` is keyed
-    "a->b". `bound` is a proven lower bound of the objective (seconds: latency, or the bottleneck's time per batch)."""
+    """For batches of `batch` items, and the other sizes in `symbols`. `throughput_per_s` counts batches. `memory_bytes` is per node;
+    `bytes_per_link` is keyed "a->b". `bound` is a proven lower bound of the objective (seconds: latency, or the bottleneck's time per batch)."""
 
     batch: int
     latency_s: float
@@ -93,6 +93,7 @@ class Prediction:
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
     bytes_per_link: Mapping[str, int] = field(default_factory=dict)
     alternatives: tuple[Alternative, ...] = ()
+    symbols: Mapping[str, int] = field(default_factory=dict)  # of the inputs' shapes
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class _Reader:
             inputs=self._specs,
             outputs=lambda v, p: self._each(v, p, OutputSpec, spec=self._spec),
             prediction=lambda v, p: None if prediction is None else self._make(
-                Prediction, v, p, memory_bytes=self._figures, bytes_per_link=self._figures,
+                Prediction, v, p, memory_bytes=self._figures, bytes_per_link=self._figures, symbols=self._figures,
                 alternatives=lambda w, q: self._each(w, q, Alternative),
             ),
         )  # fmt: skip

@@ -1,0 +1,263 @@
+"""`splitnet probe`, `splitnet profile`, `splitnet plan`, `splitnet bench`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from splitnet.cluster import Cluster
+from splitnet.errors import BadInput, BadPlan
+from splitnet.explain import bytes_text, seconds_text, table
+from splitnet.plan import Plan
+
+if TYPE_CHECKING:
+    from partitioner.graph import ModelGraph
+    from partitioner.profiling import Profile
+
+__all__ = ["bench", "plan", "probe", "profile"]
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_TOP_OPERATORS = 12
+_MODEL_HELP = "hf:DIR_OR_REPO, py:package.module:factory, or a .pt2 file"
+
+
+@click.command()
+@click.option("--node", "addresses", multiple=True, required=True, metavar="HOST:PORT", help="A node; give each one.")
+@click.option("-o", "--output", type=_FILE, required=True, help="The cluster file to write.")
+@click.option(
+    "--budget",
+    "budget_s",
+    type=click.FloatRange(min=0.1, max=60),
+    default=2.0,
+    show_default=True,
+    help="Seconds per node and per directed pair.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
+def probe(addresses: tuple[str, ...], output: Path, budget_s: float, as_json: bool) -> None:
+    """Measure nodes and the links between them, and write cluster.toml.
+
+    The nodes measure each other, so give addresses by which they reach one another. Exit status 1 when a node does not answer.
+
+    \b
+    Example: three boxes
+      splitnet probe --node 10.0.0.5:7001 --node 10.0.0.6:7001 --node 10.0.0.7:7001 -o cluster.toml
+    """
+    import asyncio
+
+    from partitioner.bandwidth import matrix, survey
+
+    with _bar("probing") as advance:
+        found = asyncio.run(survey(addresses, budget_s=budget_s, on_progress=advance))
+    found.cluster.save(output)
+    if as_json:
+        document = {
+            **dataclasses.asdict(found.cluster),
+            "jitter_s": {f"{a}->{b}": jitter for (a, b), jitter in found.jitter_s.items()},
+            "unreachable": {f"{a}->{b}": why for (a, b), why in found.unreachable.items()},
+        }
+        click.echo(json.dumps(document, indent=1, sort_keys=True))
+        return
+    rows = [("node", "address", "memory", "device", "threads", "reference kernel")]
+    for node in found.cluster.nodes:
+        memory = bytes_text(node.memory_bytes) if node.memory_bytes else "no limit"
+        rows.append((node.name, node.address, memory, node.device, str(node.threads), seconds_text(node.reference_s)))
+    click.echo("\n".join([*table(rows), "", "links (one way)", *matrix(found)]))
+    for (a, b), why in found.unreachable.items():
+        click.echo(f"warning: {a} cannot reach {b}, they have no link: {why}", err=True)
+    click.echo(f"wrote {output}")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--cluster", "cluster_file", type=_FILE, help="Add a column for each node of this cluster, by scaling.")
+@click.option("-o", "--output", type=_FILE, required=True, help="The profile to write.")
+@click.option("--batch", type=click.IntRange(min=1), help="Items per batch.  [default: as the model's example]")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads that measure, as the nodes' --threads.")
+@click.option("--repeats", type=click.IntRange(min=1), default=10, show_default=True, help="Runs of which the median is taken.")
+@click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
+def profile(
+    model: str, cluster_file: Path | None, output: Path, batch: int | None, threads: int, repeats: int, as_json: bool
+) -> None:  # fmt: skip
+    """Measure the operators of MODEL on this machine.
+
+    MODEL is hf:DIR_OR_REPO, py:package.module:factory, or a .pt2 file.
+
+    \b
+    Example: a model directory, as it will be served on two threads in batches of 8
+      splitnet profile hf:./minilm --batch 8 --threads 2 -o minilm.profile.json
+    """
+    cluster = Cluster.load(cluster_file) if cluster_file else None
+    graph = _load(model, batch)
+    measured = _measure(graph, cluster, threads, repeats)
+    measured.save(output)
+    if as_json:
+        click.echo(measured.to_json(), nl=False)
+        return
+    click.echo("\n".join(_profile_lines(measured)))
+    click.echo(f"wrote {output}")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--cluster", "cluster_file", type=_FILE, required=True, help="The cluster file, as `splitnet probe` writes it.")
+@click.option("--objective", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True, help="What to make best.")
+@click.option("-o", "--output", type=_FILE, required=True, help="The plan to write; the shards go to a folder beside it.")
+@click.option("--profile", "profile_file", type=_FILE, help="A profile made before, instead of measuring now.")
+@click.option("--stages", type=click.IntRange(min=1), help="Exactly so many stages, even where fewer would be better.")
+@click.option("--max-stages", type=click.IntRange(min=1), help="At most so many stages.")
+@click.option("--at", multiple=True, metavar="OPERATOR", help="Cut by hand before this operator; may be given several times, in order.")
+@click.option("--on", "nodes", multiple=True, metavar="NODE", help="With --at: the nodes of the stages, in order.")
+@click.option("--forbid", multiple=True, metavar="NODE", help="Leave this node out.")
+@click.option("--batch", type=click.IntRange(min=1), help="Items per batch that the plan is made for.  [default: as the model's example]")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads that measure.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+def plan(
+    model: str, cluster_file: Path, objective: str, output: Path, profile_file: Path | None, stages: int | None, max_stages: int | None,
+    at: tuple[str, ...], nodes: tuple[str, ...], forbid: tuple[str, ...], batch: int | None, threads: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Choose where to cut MODEL for a cluster, and cut it.
+
+    MODEL is hf:DIR_OR_REPO, py:package.module:factory, or a .pt2 file. Measures the model's operators here unless a profile is
+    given. Writes the plan, and a folder with one shard per stage beside it: plan.json and plan.shards/.
+
+    \b
+    Example: for the highest throughput
+      splitnet plan hf:./minilm --cluster cluster.toml --objective throughput -o plan.json
+    \b
+    Example: cut by hand into two
+      splitnet plan py:shop.model:build --cluster cluster.toml --at linear_3 --on strong --on weak -o plan.json
+    """
+    import partitioner
+    from partitioner.profiling import Profile
+
+    cluster = Cluster.load(cluster_file)
+    given = Profile.load(profile_file) if profile_file else None
+    if given and batch and batch != given.structure.batch:
+        raise BadInput(f"the profile is for batches of {given.structure.batch}, not of {batch}", remedy="profile again with --batch")
+    graph = _load(model, batch or (given.structure.batch if given else None))
+    if given and given.structure.sha256 != graph.sha256:
+        raise BadPlan(f"the profile {profile_file} is of another model ({given.structure.name})", remedy="profile this model again")
+    measured = given or _measure(graph, cluster, threads, repeats=10)
+    chosen = partitioner.plan(
+        measured, cluster, objective=objective, stages=stages, max_stages=max_stages, forbid=forbid, at=at or None, nodes=nodes or None
+    )
+    _say("cutting the model")
+    shards = partitioner.cut(graph, chosen, output.with_suffix(".shards"))
+    chosen = chosen.with_shards({stage: shard.sha256 for stage, shard in shards.items()})
+    chosen.save(output)
+    if as_json:
+        click.echo(chosen.to_json(), nl=False)
+        return
+    click.echo(chosen.explain())
+    click.echo(f"\nwrote {output} and {output.with_suffix('.shards')}")
+
+
+@click.command()
+@click.argument("plan_file", metavar="PLAN", type=_FILE)
+@click.option("--name", default="", help="The deployment's name, if it was given one.")
+@click.option("--requests", type=click.IntRange(min=2), default=40, show_default=True, help="Requests one by one, and again at once.")
+@click.option("--size", "sizes", multiple=True, metavar="SYMBOL=N", help="The size of a symbolic dimension.  [default: the plan's]")
+@click.option("--timeout", "timeout_s", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Seconds for each request.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def bench(plan_file: Path, name: str, requests: int, sizes: tuple[str, ...], timeout_s: float, as_json: bool) -> None:
+    """Send random requests to a deployed PLAN, and put measured figures beside the predicted ones.
+
+    \b
+    Example: after `splitnet deploy plan.json`
+      splitnet bench plan.json --requests 100
+    """
+    from partitioner.benching import bench as measure
+    from partitioner.benching import report_text
+
+    loaded = Plan.load(plan_file)
+    with _bar("sending requests") as advance:
+        report = measure(
+            loaded,
+            deployment=name,
+            requests=requests,
+            sizes=dict(map(_symbol, sizes)),
+            timeout_s=timeout_s,
+            on_progress=lambda done, total: advance(done, total, ""),
+        )
+    if as_json:
+        predicted = dataclasses.asdict(loaded.prediction) if loaded.prediction else None
+        click.echo(json.dumps({"predicted": predicted, "measured": dataclasses.asdict(report)}, indent=1, sort_keys=True))
+    else:
+        click.echo(report_text(loaded, report))
+
+
+def _symbol(text: str) -> tuple[str, int]:
+    symbol, _, size = text.partition("=")
+    if not symbol or not size.isdigit() or int(size) < 1:
+        raise click.BadParameter(f"{text!r} is not SYMBOL=N", param_hint="--size")
+    return symbol, int(size)
+
+
+def _load(model: str, batch: int | None) -> ModelGraph:
+    import partitioner
+
+    _say(f"capturing {model}")
+    return partitioner.load_model(model, batch=batch)
+
+
+def _measure(graph: ModelGraph, cluster: Cluster | None, threads: int, repeats: int) -> Profile:
+    import partitioner
+
+    with _bar("measuring operators") as advance:
+        return partitioner.profile(
+            graph, cluster=cluster, threads=threads, repeats=repeats, on_progress=lambda done, total: advance(done, total, "")
+        )
+
+
+def _profile_lines(measured: Profile) -> list[str]:
+    from partitioner.profiling import HERE
+
+    structure = measured.structure
+    seconds = measured.columns[HERE].seconds
+    lines = [
+        f"{structure.name}: {len(structure.vertices)} operators, {bytes_text(structure.param_bytes)} of parameters, "
+        f"{seconds_text(measured.whole_s)} for a batch of {structure.batch}",
+        f"measured on {measured.device}, threads: {measured.threads}, median of {measured.repeats} runs, torch {measured.torch}",
+        "",
+        "the longest",
+    ]
+    longest = sorted(zip(seconds, structure.vertices, strict=True), key=lambda pair: -pair[0])[:_TOP_OPERATORS]
+    rows = [("operator", "kind", "module", "seconds", "share")]
+    for took, vertex in longest:
+        share = f"{took / max(measured.whole_s, 1e-12):.1%}"
+        rows.append((vertex.name, vertex.op, vertex.scope, seconds_text(took), share))
+    lines += table(rows)
+    if len(measured.columns) > 1:
+        rows_of_nodes = [("node", "whole model", "how")]
+        rows_of_nodes += [(name, seconds_text(sum(c.seconds)), c.how) for name, c in measured.columns.items() if name != HERE]
+        lines += ["", *table(rows_of_nodes)]
+    return lines
+
+
+def _say(text: str) -> None:
+    """A step that has no bar; on a terminal only, and not into what is piped."""
+    if sys.stderr.isatty():
+        click.echo(text, err=True)
+
+
+@contextmanager
+def _bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on a terminal (stderr, so that the result can be piped); nothing elsewhere. Yields advance(done, total, what)."""
+    if not sys.stderr.isatty():
+        yield lambda done, total, what: None
+        return
+    bar: Any
+    with click.progressbar(length=1, label=label, file=sys.stderr, item_show_func=lambda item: item) as bar:
+
+        def advance(done: int, total: int, what: str) -> None:
+            bar.length = total
+            bar.update(done - bar.pos, what)
+
+        yield advance
