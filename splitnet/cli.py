@@ -7,6 +7,7 @@ change something (`UserError`, wrong usage); 130 interrupted. A command that nee
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 import warnings
@@ -49,6 +50,7 @@ _EXTRA_OF_MODULE = {
     "psutil": "node",
     "sklearn": "demo",
     "structlog": "node",
+    "sympy": "planner",
     "transformers": "hf",
 }
 _EXTRA_OF_COMMAND = {"node": "node", "demo": "demo"}
@@ -149,6 +151,7 @@ def completion(shell: str) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs `splitnet` with these arguments (default: the process's) and returns the exit status. Never raises but SystemExit."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its own notes (a peer said goodbye) are no news to the user
     return run_command(cli, args, prog_name="splitnet")
 
 

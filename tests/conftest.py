@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 # Before any test imports torch or numpy: two workers on two cores must not fight over them.
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_variable] = "1"
+os.environ["GRPC_VERBOSITY"] = "ERROR"  # its notes on peers that went away, which the tests make on purpose
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
