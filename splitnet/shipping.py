@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import grpc
 import grpc.aio
@@ -25,6 +25,8 @@ _CALL_S = 3600.0  # a stream that lasts longer is broken off and taken up again
 _ATTEMPTS = 5  # in a row without one byte of progress
 _BACKOFF_S = 0.2
 _LONGEST_BACKOFF_S = 5.0
+_WRITE_FAILED = "Internal error from Core"  # grpc.aio's words
+_STATUS_POLLS, _STATUS_POLL_S = 50, 0.02
 _LoadCall = grpc.aio.StreamStreamCall[pb.LoadRequest, pb.LoadReply]
 
 
@@ -57,12 +59,12 @@ async def ship(channel: grpc.aio.Channel, address: str, blob: Blob, on_bytes: Ca
     sender = _Sender(channel, address, blob, on_bytes)
     failures = 0
     while True:
-        held = sender.held
+        confirmed = sender.confirmed
         try:
             await sender.run()
             return sender.sent
         except (NodeUnavailable, DeadlineExceeded, Overloaded) as error:
-            failures = 1 if sender.held > held else failures + 1
+            failures = 1 if sender.confirmed > confirmed else failures + 1
             if failures >= _ATTEMPTS:
                 raise
             pause_s = max(error.retry_after_s, min(_BACKOFF_S * 2**failures, _LONGEST_BACKOFF_S)) * random.uniform(0.7, 1.3)
@@ -79,7 +81,8 @@ class _Sender:
         self._address = address
         self._blob = blob
         self._on_bytes = on_bytes
-        self.held = 0  # bytes on the node, as far as is known
+        self.held = 0  # bytes on the node, or on their way there
+        self.confirmed = 0  # bytes on the node, by its own word
         self.sent = 0
         self.resumed = False
 
@@ -95,6 +98,7 @@ class _Sender:
                     raise ProtocolError(
                         f"{self._address} gave no offset to continue from", remedy="run the same version of splitnet on both sides"
                     )
+                self.confirmed = reply.offset
                 self._advance(reply.offset)
                 self.resumed = 0 < reply.offset < self._blob.size_bytes
                 if not reply.complete:
@@ -155,6 +159,19 @@ class _Sender:
         except (asyncio.InvalidStateError, grpc.aio.UsageError):
             await self._read(call)
             raise
+        except grpc.aio.AioRpcError as error:
+            if error.details() != _WRITE_FAILED:
+                raise
+            await self._await_status(call)
+
+    async def _await_status(self, call: _LoadCall) -> NoReturn:
+        """A write that fails gives the call a status of its own; the one that the node sent, or the reason of the break, replaces it
+        as soon as it is read."""
+        for _ in range(_STATUS_POLLS):
+            await asyncio.sleep(_STATUS_POLL_S)
+            if await call.details() != _WRITE_FAILED:
+                await self._read(call)
+        raise NodeUnavailable(f"the connection to {self._address} broke", remedy="check the link and the node, and deploy again")
 
     async def _read(self, call: _LoadCall) -> pb.LoadReply | None:
         try:
