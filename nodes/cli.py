@@ -32,7 +32,13 @@ __all__ = ["node"]
     help="How long requests in flight may take when the node is asked to stop.",
 )
 @click.option("--insecure", is_flag=True, help="Allow an address that other machines reach, without encryption or authentication.")
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="The least that is worth a line.",
+)
 @click.option("--log-json", is_flag=True, help="Log JSON on a terminal too.")
 @click.option(
     "--announce", type=click.Path(dir_okay=False, path_type=Path), default=None, help="Write the address to this file once the node serves."
