@@ -6,7 +6,8 @@ Copies per hop of a raw tensor, of each byte: one into the message (`encode_fram
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,7 @@ CHUNK_BYTES = 1 << 20  # a multiple of every element size; large enough to hide 
 MAX_MESSAGE_BYTES = 8 << 20
 MAX_TENSOR_BYTES = 1 << 30
 _MAX_DIMENSIONS = 32
+_MAX_STEP = 1 << 59  # in elements; in bytes it fits 64 bits with a sign
 _PAYLOAD_TAG = pb.Frame.PAYLOAD_FIELD_NUMBER << 3 | 2  # length-delimited
 _PAYLOAD_TAG_BYTES = bytes([_PAYLOAD_TAG])
 
@@ -52,27 +54,25 @@ class Message:
 def encode_frame(message: Message) -> bytes:
     """The protobuf encoding of the frame with its payload as the last field: one copy of the payload."""
     head = message.frame.SerializeToString()
-    size = len(message.payload)
-    return b"".join((head, _PAYLOAD_TAG_BYTES, _varint(size), message.payload)) if size else head
+    payload = memoryview(message.payload)
+    return b"".join((head, _PAYLOAD_TAG_BYTES, _varint(payload.nbytes), payload)) if payload.nbytes else head
 
 
 def decode_frame(data: bytes) -> Message:
-    """The reverse; takes any valid protobuf encoding of a Frame. The payload is a view of `data`. Raises ProtocolError."""
-    start, payload_at, payload_end = _find_payload(data)
-    head = data if start < 0 else data[:start] + data[payload_end:]
+    """The reverse; takes any valid protobuf encoding of a Frame. Where the payload stands last, as it should, it is a view of `data`.
+    Raises ProtocolError."""
+    start, payload_at = _find_payload(data)
     try:
-        frame = pb.Frame.FromString(head)
+        frame = pb.Frame.FromString(data[:start] if start >= 0 else data)
     except DecodeError as error:
         raise ProtocolError(f"a frame of {len(data)} bytes is not a valid message: {error}") from None
-    if frame.payload:  # a second payload field behind the first: legal protobuf, last one wins
-        payload = memoryview(frame.payload)
-        frame.ClearField("payload")
-        return Message(frame, payload)
-    return Message(frame, memoryview(data)[payload_at:payload_end])
+    payload = memoryview(data)[payload_at:] if start >= 0 else memoryview(frame.payload)
+    frame.ClearField("payload")
+    return Message(frame, payload)
 
 
-def _find_payload(data: bytes) -> tuple[int, int, int]:
-    """(start of the payload field, start of its bytes, end of them), or (-1, 0, 0)."""
+def _find_payload(data: bytes) -> tuple[int, int]:
+    """(start of the payload field, start of its bytes) where the payload is the last field, else (-1, 0). What is odd is left to protobuf."""
     position, size = 0, len(data)
     while position < size:
         start = position
@@ -82,16 +82,16 @@ def _find_payload(data: bytes) -> tuple[int, int, int]:
             length, position = _read_varint(data, position)
             if position + length > size:
                 raise ProtocolError(f"a frame was cut off: a field needs {position + length - size} more bytes")
-            if tag == _PAYLOAD_TAG:
-                return start, position, position + length
+            if tag == _PAYLOAD_TAG and position + length == size:
+                return start, position
             position += length
         elif kind == 0:
             _, position = _read_varint(data, position)
         elif kind in (1, 5):
             position += 8 if kind == 1 else 4
         else:
-            raise ProtocolError(f"a frame has a field of wire type {kind}")
-    return -1, 0, 0
+            break
+    return -1, 0
 
 
 def _read_varint(data: bytes, position: int) -> tuple[int, int]:
@@ -133,7 +133,9 @@ def spec_from_message(message: pb.TensorSpec) -> TensorSpec:
         raise ProtocolError(error.message, remedy="run the same version of splitnet on both sides") from None
 
 
-def tensor_chunks(name: str, array: np.ndarray, codec: str = "raw", chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[pb.TensorChunk, Buffer]]:
+def tensor_chunks(
+    name: str, array: np.ndarray, codec: str = "raw", chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[tuple[pb.TensorChunk, Buffer]]:
     """The chunks of a tensor in order, each encoded when it is asked for. At least one chunk, even for an empty tensor.
 
     Raises BadInput for a dtype that cannot be sent or an unknown codec. With the raw codec the payloads are views of the array.
@@ -162,15 +164,23 @@ def _stored(array: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:
     if any(step < 0 or step % array.itemsize for step in array.strides):
         return np.ascontiguousarray(array).reshape(-1), ()
     once = array[tuple(slice(0, 1) if step == 0 else slice(None) for step in array.strides)]
-    extent = 1 + sum((size - 1) * (step // array.itemsize) for size, step in zip(once.shape, once.strides, strict=True))
-    if extent != once.size:  # there are gaps: pack, in the order of the axes in memory
-        packed = np.copy(once, order="K")
-        steps = [0 if step == 0 else new for step, new in zip(array.strides, packed.strides, strict=True)]
-        once = packed
-    else:
-        steps = list(array.strides)
+    steps = array.strides
+    if not _dense(once.shape, [step // array.itemsize for step in once.strides]):
+        once = np.copy(once, order="K")  # gaps or overlaps: pack, in the order that the axes have in memory
+        steps = tuple(0 if step == 0 else new for step, new in zip(steps, once.strides, strict=True))
     flat = np.lib.stride_tricks.as_strided(once, (once.size,), (array.itemsize,), writeable=False)
     return flat, tuple(step // array.itemsize for step in steps)
+
+
+def _dense(shape: Sequence[int], steps: Sequence[int]) -> bool:
+    """Whether the elements fill their memory without a gap and without sharing a place. Steps are in elements; of axes of size 1 they
+    do not matter."""
+    expected = 1
+    for step, size in sorted((step, size) for size, step in zip(shape, steps, strict=True) if size != 1):
+        if step != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
@@ -192,21 +202,20 @@ class TensorAssembler:
         shape, strides = tuple(first.shape), tuple(first.strides)
         if len(shape) > _MAX_DIMENSIONS or any(size < 0 for size in shape):
             raise ProtocolError(f"tensor {self.name!r}: shape {shape} is not valid")
-        full_bytes = dtype.itemsize
-        for size in shape:
-            full_bytes *= size
-        if max(full_bytes, first.stored_bytes) > max_bytes:
+        declared = dtype.itemsize * math.prod(max(size, 1) for size in shape)  # an axis of size 0 must not hide one that is absurd
+        if max(declared, first.stored_bytes) > max_bytes:
             raise ProtocolError(
-                f"tensor {self.name!r}: {max(full_bytes, first.stored_bytes)} bytes are more than the limit of {max_bytes}",
+                f"tensor {self.name!r}: {max(declared, first.stored_bytes)} bytes are more than the limit of {max_bytes}",
                 remedy="send smaller batches, or raise the node's --max-tensor",
             )
         if strides:
-            if len(strides) != len(shape) or any(step < 0 for step in strides):
+            once = [1 if step == 0 else size for size, step in zip(shape, strides, strict=False)]
+            sound = len(strides) == len(shape) and all(0 <= step < _MAX_STEP for step in strides)
+            if not sound or 0 in shape or not _dense(once, strides):
                 raise ProtocolError(f"tensor {self.name!r}: strides {strides} do not fit shape {shape}")
-            extent = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True)) if full_bytes else 0
-            expected = extent * dtype.itemsize
+            expected = dtype.itemsize * math.prod(once)
         else:
-            expected = full_bytes
+            expected = dtype.itemsize * math.prod(shape)
         if expected != first.stored_bytes:
             raise ProtocolError(f"tensor {self.name!r}: shape {shape} needs {expected} bytes, {first.stored_bytes} were declared")
         self._codec = get_codec(first.codec)
@@ -223,8 +232,12 @@ class TensorAssembler:
     def add(self, chunk: pb.TensorChunk, payload: Buffer) -> bool:
         """Decodes a chunk into its place. True once the tensor is complete. Raises ProtocolError."""
         start, end, itemsize = chunk.offset, chunk.offset + chunk.length, self._elements.itemsize
+        if chunk.length > MAX_MESSAGE_BYTES:  # or a few bytes that decode to very many would hold up all others
+            raise ProtocolError(f"tensor {self.name!r}: a chunk of {chunk.length} bytes; the limit is {MAX_MESSAGE_BYTES}")
         if start != self._filled or end > self._buffer.nbytes or chunk.length % itemsize or (not chunk.length and self._buffer.nbytes):
-            raise ProtocolError(f"tensor {self.name!r}: chunk [{start}, {end}) does not follow byte {self._filled} of {self._buffer.nbytes}")
+            raise ProtocolError(
+                f"tensor {self.name!r}: chunk [{start}, {end}) does not follow byte {self._filled} of {self._buffer.nbytes}"
+            )
         if chunk.length:
             self._codec.decode(memoryview(payload), self._elements[start // itemsize : end // itemsize])
         elif len(payload):

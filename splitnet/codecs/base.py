@@ -25,7 +25,7 @@ class Codec(Protocol):
     lossless: ClassVar[bool]
 
     def encode(self, chunk: np.ndarray) -> Buffer:
-        """`chunk` is one-dimensional, C-contiguous, of any dtype in `splitnet.tensors.DTYPES`. The result may share memory with it."""
+        """`chunk` is one-dimensional, C-contiguous, not empty, of any dtype in `splitnet.tensors.DTYPES`, perhaps read-only. The result may share memory with it."""
         ...
 
     def decode(self, payload: memoryview, out: np.ndarray) -> None:

@@ -17,7 +17,7 @@ class Raw:
     lossless: ClassVar[bool] = True
 
     def encode(self, chunk: np.ndarray) -> Buffer:
-        return memoryview(chunk.view(np.uint8)) if chunk.size else b""
+        return memoryview(chunk.view(np.uint8))
 
     def decode(self, payload: memoryview, out: np.ndarray) -> None:
         if len(payload) != out.nbytes:

@@ -1,0 +1,169 @@
+"""What every codec must do. A new codec in the registry is tested by this file without a change to it."""
+
+from __future__ import annotations
+
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from splitnet import wire
+from splitnet.codecs import Codec, codec_names, get_codec
+from splitnet.errors import BadInput, ProtocolError
+from splitnet.tensors import DTYPES
+
+CODECS = [get_codec(name) for name in codec_names()]
+SIZES = [1, 2, 3, 63, 64, 1000, wire.CHUNK_BYTES // 8]
+
+each_codec = pytest.mark.parametrize("codec", CODECS, ids=codec_names())
+each_dtype = pytest.mark.parametrize("dtype", sorted(DTYPES))
+
+
+def takes(codec: Codec, dtype: str) -> bool:
+    """A lossless codec takes every element type; another may refuse one, with BadInput."""
+    try:
+        codec.encode(np.zeros(1, DTYPES[dtype]))
+    except BadInput:
+        assert not codec.lossless
+        return False
+    return True
+
+
+def chunk_of(dtype: str, size: int, seed: int = 0) -> np.ndarray:
+    """Values of a normal distribution, as activations have them."""
+    values = np.random.default_rng(seed).standard_normal(size) * 3
+    return values.astype(DTYPES[dtype]) if dtype != "bool" else values > 0
+
+
+def decoded(codec: Codec, payload: bytes | bytearray | memoryview, like: np.ndarray) -> np.ndarray:
+    out = np.empty_like(like)
+    codec.decode(memoryview(payload), out)
+    return out
+
+
+@each_codec
+def test_it_is_known_by_its_name(codec: Codec) -> None:
+    assert get_codec(codec.name) is codec
+    assert codec.name == codec.name.lower()
+
+
+@each_codec
+@each_dtype
+@pytest.mark.parametrize("size", SIZES)
+def test_round_trip(codec: Codec, dtype: str, size: int) -> None:
+    if not takes(codec, dtype):
+        return
+    chunk = chunk_of(dtype, size)
+    before = chunk.tobytes()
+    out = decoded(codec, codec.encode(chunk), chunk)
+    assert chunk.tobytes() == before, "encoding leaves the chunk alone"
+    if codec.lossless:
+        assert out.tobytes() == before
+    else:
+        assert np.isfinite(out).all()
+
+
+@each_codec
+@each_dtype
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_a_lossless_codec_keeps_every_bit(codec: Codec, dtype: str, data: st.DataObject) -> None:
+    if not codec.lossless:
+        return
+    item = DTYPES[dtype].itemsize
+    count = data.draw(st.integers(1, 50))
+    raw = np.frombuffer(data.draw(st.binary(min_size=count * item, max_size=count * item)), np.uint8)
+    chunk = (raw & 1 if dtype == "bool" else raw).view(DTYPES[dtype])
+    assert decoded(codec, codec.encode(chunk), chunk).tobytes() == chunk.tobytes()
+
+
+@each_codec
+@pytest.mark.parametrize("fill", ["zeros", "one value", "noise"])
+def test_what_is_hard_or_easy_to_compress(codec: Codec, fill: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, 1 << 18, np.uint8).view(np.float32)
+    chunk = {"zeros": np.zeros(1 << 16, np.float32), "one value": np.full(1 << 16, 1.5, np.float32), "noise": noise}[fill]
+    payload = memoryview(codec.encode(chunk))
+    assert payload.nbytes <= chunk.nbytes + chunk.nbytes // 64 + 64, "it never blows a chunk up"
+    if codec.lossless:
+        assert decoded(codec, payload, chunk).tobytes() == chunk.tobytes()
+
+
+@each_codec
+def test_inputs_may_be_read_only_and_anywhere_in_memory(codec: Codec) -> None:
+    chunk = chunk_of("float32", 100)
+    read_only = np.frombuffer(chunk.tobytes(), np.float32)
+    shifted = np.frombuffer(b"x" + chunk.tobytes(), np.uint8)[1:].view(np.float32)
+    expected = bytes(codec.encode(chunk))
+    assert bytes(codec.encode(read_only)) == expected
+    assert bytes(codec.encode(shifted)) == expected
+
+
+@each_codec
+def test_nothing_outside_the_chunk_is_touched(codec: Codec) -> None:
+    chunk = chunk_of("float32", 100)
+    memory = np.full(300, 7, np.float32)
+    codec.decode(memoryview(codec.encode(chunk)), memory[100:200])
+    assert (memory[:100] == 7).all()
+    assert (memory[200:] == 7).all()
+
+
+@each_codec
+@pytest.mark.parametrize("change", ["cut off", "longer", "empty", "for a smaller chunk", "for a larger chunk"])
+def test_a_payload_that_is_not_the_chunks_is_refused(codec: Codec, change: str) -> None:
+    payload = bytes(codec.encode(chunk_of("float32", 1000)))
+    changed = {
+        "cut off": payload[:-1],
+        "longer": payload + b"\0",
+        "empty": b"",
+        "for a smaller chunk": bytes(codec.encode(chunk_of("float32", 999))),
+        "for a larger chunk": bytes(codec.encode(chunk_of("float32", 1001))),
+    }[change]
+    with pytest.raises(ProtocolError, match=codec.name):
+        codec.decode(memoryview(changed), np.empty(1000, np.float32))
+
+
+@each_codec
+@given(payload=st.binary(max_size=200), size=st.integers(1, 50), dtype=st.sampled_from(sorted(DTYPES)))
+@settings(max_examples=300, deadline=None)
+def test_garbage_decodes_or_is_refused(codec: Codec, payload: bytes, size: int, dtype: str) -> None:
+    guarded = np.full(size + 2, 1, DTYPES[dtype])
+    try:
+        codec.decode(memoryview(payload), guarded[1:-1])
+    except ProtocolError:
+        pass
+    except BadInput:
+        assert not takes(codec, dtype)
+    assert guarded[0] == guarded[-1] == 1
+
+
+@each_codec
+@given(flips=st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(1, 255)), min_size=1, max_size=4))
+@settings(max_examples=200, deadline=None)
+def test_flipped_bytes_decode_or_are_refused(codec: Codec, flips: list[tuple[int, int]]) -> None:
+    payload = bytearray(codec.encode(chunk_of("float32", 300)))
+    for place, change in flips:
+        payload[place % len(payload)] ^= change
+    guarded = np.full(302, 1, np.float32)
+    with contextlib.suppress(ProtocolError):
+        codec.decode(memoryview(payload), guarded[1:-1])
+    assert guarded[0] == guarded[-1] == 1
+
+
+@each_codec
+def test_from_several_threads_at_once(codec: Codec) -> None:
+    def use(seed: int) -> bool:
+        chunk = chunk_of("float32", 20_000, seed)
+        payload = bytes(codec.encode(chunk))
+        first = decoded(codec, payload, chunk)
+        return all(bytes(codec.encode(chunk)) == payload and np.array_equal(decoded(codec, payload, chunk), first) for _ in range(5))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(use, range(40)))
+
+
+def test_an_unknown_codec() -> None:
+    with pytest.raises(BadInput, match="codec 'lzma' is not one of raw, zstd"):
+        get_codec("lzma")
