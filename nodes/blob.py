@@ -36,6 +36,7 @@ class BlobWriter:
         check_room: Callable[[int, str], None],
         committed: Callable[[], None],
     ) -> None:
+        self._file = -1
         self._path = part
         self._final = final
         self._committed = committed
@@ -56,6 +57,10 @@ class BlobWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        """A task that is cancelled while a thread opens the writer for it never sees it: the lock must not outlive it."""
         self.close()
 
     def write(self, data: bytes | memoryview) -> int:
@@ -152,7 +157,7 @@ def translated(what: str) -> Iterator[None]:
 def check_sha256(sha256: str) -> None:
     """Raises BadInput for anything else: what is checked becomes a file name."""
     if not _SHA256.match(sha256):
-        raise BadInput(f"{sha256!r:.80} is not a sha256 in lower-case hexadecimal digits")
+        raise BadInput(f"{sha256!r:.80} is not a sha256 in lower-case hexadecimal digits", remedy="name a blob by the hash of its bytes")
 
 
 def _same_file(file: int, path: Path) -> bool:

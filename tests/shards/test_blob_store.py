@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import shutil
@@ -155,6 +156,13 @@ def test_a_second_upload_of_the_same_blob_is_told_to_come_back(store: BlobStore)
         writer.write(DATA[100:])
         writer.commit()
     assert store.has(sha256)
+
+
+def test_a_writer_that_nobody_holds_lets_go(store: BlobStore) -> None:
+    store.writer(name_of(DATA), len(DATA)).write(DATA[:7])
+    gc.collect()
+    with store.writer(name_of(DATA), len(DATA)) as writer:
+        assert writer.offset == 7
 
 
 def test_many_uploads_of_the_same_blob_at_once(store: BlobStore) -> None:
