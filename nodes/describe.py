@@ -63,6 +63,7 @@ class Describer:
             in_flight=self._pipeline.requests.count(d),
             stages=[_stage(stage) for stage in d.stages.values()],
             model=d.plan.model,
+            ingress_address=d.ingress.address,
         )
 
 
