@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from partitioner.sizes import dimension_size
 from splitnet.errors import BadInput, BadPlan, NodeUnavailable, NotFound
 from splitnet.explain import bytes_text, seconds_text, table
 from splitnet.install import default_name, status
 from splitnet.node_status import NodeStatus, StageStatus
 from splitnet.plan import Plan
 from splitnet.sync import Client
-from splitnet.tensors import TensorSpec, numpy_dtype
+from splitnet.tensors import numpy_dtype
 
 __all__ = ["BenchReport", "StageTime", "bench", "random_inputs", "report_text"]
 
 _WARM_UP = 3
-_DIMENSION = re.compile(r"(?:(\d+)\*)?([A-Za-z_]\w*)(?: ([+-]) (\d+))?\Z")
 
 Inputs = Mapping[str, np.ndarray]
 
@@ -112,26 +111,13 @@ def random_inputs(plan: Plan, sizes: Mapping[str, int], seed: int = 0) -> dict[s
     generator = np.random.default_rng(seed)
     inputs = {}
     for spec in plan.inputs:
-        shape = tuple(_size(spec, dimension, sizes) for dimension in spec.shape)
+        shape = tuple(dimension_size(spec.name, dimension, sizes) for dimension in spec.shape)
         dtype = numpy_dtype(spec.dtype)
         if spec.dtype in ("bool", "int64", "int32", "int16", "int8", "uint8"):
             inputs[spec.name] = np.ones(shape, dtype)
         else:
             inputs[spec.name] = generator.standard_normal(shape, dtype=np.float32).astype(dtype)
     return inputs
-
-
-def _size(spec: TensorSpec, dimension: int | str, sizes: Mapping[str, int]) -> int:
-    """A dimension's size: a number, a symbol, or a multiple of a symbol plus a constant."""
-    if isinstance(dimension, int):
-        return dimension
-    if dimension in sizes:
-        return sizes[dimension]
-    match = _DIMENSION.match(dimension)
-    if match is None or match[2] not in sizes:
-        raise BadInput(f"input {spec.name!r}: the size of dimension {dimension!r} is not known", remedy=f"give it: --size '{dimension}=N'")
-    shift = int(match[4] or 0) * (-1 if match[3] == "-" else 1)
-    return int(match[1] or 1) * sizes[match[2]] + shift
 
 
 def _throughput(client: Client, inputs: Inputs, requests: int, step: Callable[[], None]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,18 @@ __all__ = ["bench", "plan", "probe", "profile"]
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _TOP_OPERATORS = 12
-_MODEL_HELP = "hf:DIR_OR_REPO, py:package.module:factory, or a .pt2 file"
+
+
+class _Size(click.ParamType[tuple[str, int]]):
+    name = "symbol=n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
+        if isinstance(value, tuple):  # click may convert twice
+            return value
+        symbol, _, size = value.partition("=")
+        if not symbol or not size.isdigit() or int(size) < 1:
+            self.fail(f"{value!r} is not SYMBOL=N, as in sequence=128", param, ctx)
+        return symbol, int(size)
 
 
 @click.command()
@@ -79,11 +90,13 @@ def probe(addresses: tuple[str, ...], output: Path, budget_s: float, as_json: bo
 @click.option("--cluster", "cluster_file", type=_FILE, help="Add a column for each node of this cluster, by scaling.")
 @click.option("-o", "--output", type=_FILE, required=True, help="The profile to write.")
 @click.option("--batch", type=click.IntRange(min=1), help="Items per batch.  [default: as the model's example]")
+@click.option("--size", "sizes", multiple=True, type=_Size(), help="The size of another symbolic dimension, as sequence=128.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads that measure, as the nodes' --threads.")
 @click.option("--repeats", type=click.IntRange(min=1), default=10, show_default=True, help="Runs of which the median is taken.")
 @click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
 def profile(
-    model: str, cluster_file: Path | None, output: Path, batch: int | None, threads: int, repeats: int, as_json: bool
+    model: str, cluster_file: Path | None, output: Path, batch: int | None, sizes: tuple[tuple[str, int], ...], threads: int,
+    repeats: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure the operators of MODEL on this machine.
 
@@ -94,7 +107,7 @@ def profile(
       splitnet profile hf:./minilm --batch 8 --threads 2 -o minilm.profile.json
     """
     cluster = Cluster.load(cluster_file) if cluster_file else None
-    graph = _load(model, batch)
+    graph = _load(model, _sizes(batch, sizes))
     measured = _measure(graph, cluster, threads, repeats)
     measured.save(output)
     if as_json:
@@ -116,11 +129,13 @@ def profile(
 @click.option("--on", "nodes", multiple=True, metavar="NODE", help="With --at: the nodes of the stages, in order.")
 @click.option("--forbid", multiple=True, metavar="NODE", help="Leave this node out.")
 @click.option("--batch", type=click.IntRange(min=1), help="Items per batch that the plan is made for.  [default: as the model's example]")
+@click.option("--size", "sizes", multiple=True, type=_Size(), help="The size of another symbolic dimension, as sequence=128.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads that measure.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(
     model: str, cluster_file: Path, objective: str, output: Path, profile_file: Path | None, stages: int | None, max_stages: int | None,
-    at: tuple[str, ...], nodes: tuple[str, ...], forbid: tuple[str, ...], batch: int | None, threads: int, as_json: bool,
+    at: tuple[str, ...], nodes: tuple[str, ...], forbid: tuple[str, ...], batch: int | None, sizes: tuple[tuple[str, int], ...],
+    threads: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Choose where to cut MODEL for a cluster, and cut it.
 
@@ -136,14 +151,19 @@ def plan(
     """
     import partitioner
     from partitioner.profiling import Profile
+    from partitioner.resizing import at_sizes
 
     cluster = Cluster.load(cluster_file)
     given = Profile.load(profile_file) if profile_file else None
-    if given and batch and batch != given.structure.batch:
-        raise BadInput(f"the profile is for batches of {given.structure.batch}, not of {batch}", remedy="profile again with --batch")
-    graph = _load(model, batch or (given.structure.batch if given else None))
+    wanted = _sizes(batch, sizes)
+    for symbol, size in wanted.items():
+        if given and given.structure.symbols.get(symbol) != size:
+            known = ", ".join(f"{s}={n}" for s, n in given.structure.symbols.items())
+            raise BadInput(f"the profile is for {known}, not for {symbol}={size}", remedy="profile again with these sizes")
+    graph = _load(model, {})
     if given and given.structure.sha256 != graph.sha256:
         raise BadPlan(f"the profile {profile_file} is of another model ({given.structure.name})", remedy="profile this model again")
+    graph = at_sizes(graph, given.structure.symbols if given else wanted)
     measured = given or _measure(graph, cluster, threads, repeats=10)
     chosen = partitioner.plan(
         measured, cluster, objective=objective, stages=stages, max_stages=max_stages, forbid=forbid, at=at or None, nodes=nodes or None
@@ -163,10 +183,10 @@ def plan(
 @click.argument("plan_file", metavar="PLAN", type=_FILE)
 @click.option("--name", default="", help="The deployment's name, if it was given one.")
 @click.option("--requests", type=click.IntRange(min=2), default=40, show_default=True, help="Requests one by one, and again at once.")
-@click.option("--size", "sizes", multiple=True, metavar="SYMBOL=N", help="The size of a symbolic dimension.  [default: the plan's]")
+@click.option("--size", "sizes", multiple=True, type=_Size(), help="The size of a symbolic dimension.  [default: the plan's]")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Seconds for each request.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def bench(plan_file: Path, name: str, requests: int, sizes: tuple[str, ...], timeout_s: float, as_json: bool) -> None:
+def bench(plan_file: Path, name: str, requests: int, sizes: tuple[tuple[str, int], ...], timeout_s: float, as_json: bool) -> None:
     """Send random requests to a deployed PLAN, and put measured figures beside the predicted ones.
 
     \b
@@ -182,7 +202,7 @@ def bench(plan_file: Path, name: str, requests: int, sizes: tuple[str, ...], tim
             loaded,
             deployment=name,
             requests=requests,
-            sizes=dict(map(_symbol, sizes)),
+            sizes=dict(sizes),
             timeout_s=timeout_s,
             on_progress=lambda done, total: advance(done, total, ""),
         )
@@ -193,18 +213,16 @@ def bench(plan_file: Path, name: str, requests: int, sizes: tuple[str, ...], tim
         click.echo(report_text(loaded, report))
 
 
-def _symbol(text: str) -> tuple[str, int]:
-    symbol, _, size = text.partition("=")
-    if not symbol or not size.isdigit() or int(size) < 1:
-        raise click.BadParameter(f"{text!r} is not SYMBOL=N", param_hint="--size")
-    return symbol, int(size)
-
-
-def _load(model: str, batch: int | None) -> ModelGraph:
+def _load(model: str, sizes: Mapping[str, int]) -> ModelGraph:
     import partitioner
+    from partitioner.resizing import at_sizes
 
     _say(f"capturing {model}")
-    return partitioner.load_model(model, batch=batch)
+    return at_sizes(partitioner.load_model(model), sizes)
+
+
+def _sizes(batch: int | None, sizes: tuple[tuple[str, int], ...]) -> dict[str, int]:
+    return dict(sizes) | ({"batch": batch} if batch else {})
 
 
 def _measure(graph: ModelGraph, cluster: Cluster | None, threads: int, repeats: int) -> Profile:

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from splitnet.errors import BadInput
 from splitnet.tensors import TensorSpec
 
-__all__ = ["SizeSource", "find_sources", "symbols_of"]
+__all__ = ["SizeSource", "dimension_size", "find_sources", "symbols_of"]
 
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 _LINEAR = re.compile(r"(?:(\d+)\*)?([A-Za-z_]\w*)(?: ([+-]) (\d+))?\Z")
@@ -48,3 +49,17 @@ def find_sources(specs: Iterable[TensorSpec]) -> dict[str, SizeSource]:
 def missing(expression: str, sources: Mapping[str, SizeSource], known: Iterable[str]) -> set[str]:
     """What is still needed to evaluate the expression: nothing where it can be read whole, else the symbols without a source."""
     return set() if expression in sources else symbols_of(expression, known) - sources.keys()
+
+
+def dimension_size(name: str, dimension: int | str, sizes: Mapping[str, int]) -> int:
+    """A dimension's size: a number, a symbol, or a multiple of a symbol plus a constant. Raises BadInput, naming the input `name`, where
+    it is not known."""
+    if isinstance(dimension, int):
+        return dimension
+    if dimension in sizes:
+        return sizes[dimension]
+    match = _LINEAR.match(dimension)
+    if match is None or match[2] not in sizes:
+        raise BadInput(f"input {name!r}: the size of dimension {dimension!r} is not known", remedy=f"give it: --size '{dimension}=N'")
+    shift = int(match[4] or 0) * (-1 if match[3] == "-" else 1)
+    return int(match[1] or 1) * sizes[match[2]] + shift
