@@ -25,7 +25,7 @@ from nodes.pipeline import Pipeline
 from nodes.servicer import SERVICE, Servicer, add_to_server
 from nodes.store import BlobStore
 from splitnet.channel import SERVER_OPTIONS
-from splitnet.errors import BadInput, Cancelled
+from splitnet.errors import BadInput, NodeUnavailable
 
 __all__ = ["NodeServer", "serve"]
 
@@ -33,6 +33,7 @@ _CODEC_THREADS = 2
 _MAX_CALLS = 512  # at one time, streams included
 _SWITCH_INTERVAL_S = 0.0005  # the event loop must not wait 5 ms for the compute thread's Python
 _LAST_BYTES_S = 0.2
+_REMEDY = "start it again, and deploy the plan again"
 
 
 class NodeServer:
@@ -89,14 +90,15 @@ class NodeServer:
                 await asyncio.gather(*(client.outbox.flushed() for client in self._servicer.clients))
         return done
 
-    async def stop(self, grace_s: float = 0.0) -> None:
-        """Fails what is still in flight, and lets go of everything."""
-        cancelled = self.pipeline.cancel_all(None, lambda: Cancelled("the node was stopped", remedy="start it again, and deploy again"))
+    async def stop(self) -> None:
+        """Fails what is still in flight, tells everybody, and lets go of everything."""
+        cancelled = self.pipeline.cancel_all(None, lambda: NodeUnavailable("the node was stopped", remedy=_REMEDY))
         if cancelled:
-            self._log.warning("cancelled", requests=cancelled)
-            grace_s = max(grace_s, _LAST_BYTES_S)
-        if grace_s:
-            await asyncio.sleep(grace_s)  # long-lived streams do not end by themselves: `Server.stop(grace)` would wait for them
+            self._log.warning("requests failed: the node was stopped", requests=cancelled)
+            await asyncio.sleep(_LAST_BYTES_S)
+        await self._servicer.end_streams(NodeUnavailable("the node was stopped", remedy=_REMEDY, node=self.config.name))
+        await self._links.close()
+        await self._server.stop(_LAST_BYTES_S)
         await self.abandon()
         self._log.info("stopped")
 

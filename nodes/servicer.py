@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias, TypeVar
 
@@ -51,6 +52,7 @@ class Servicer(NodeServicer):
         self._compute = compute
         self._log = pipeline.log
         self.clients: set[ClientStream] = set()
+        self._streams: set[Context] = set()
 
     # ------------------------------------------------------------------------------------------------------------ requests
 
@@ -58,6 +60,7 @@ class Servicer(NodeServicer):
         """Reads until the client has said all, and answers until all of it is answered."""
         client = ClientStream()
         self.clients.add(client)
+        self._streams.add(context)
         writer = asyncio.create_task(client.outbox.pump(_writer(context)), name="answers to a client")
         try:
             async for message in _frames(context):
@@ -66,6 +69,7 @@ class Servicer(NodeServicer):
         except SplitnetError as error:
             await abort_with(context, error.at(node=self._pipeline.config.name))
         finally:
+            self._streams.discard(context)
             self.clients.discard(client)
             self._ingress.client_gone(client)
             writer.cancel()
@@ -75,9 +79,10 @@ class Servicer(NodeServicer):
         """Greets, then takes what the other node sends until the stream ends."""
         sender = _sender(context)
         write = _writer(context)
-        await write(Message(pb.Frame()))
         token = self._pipeline.sender_opened(sender)
+        self._streams.add(context)
         try:
+            await write(Message(pb.Frame()))
             async for message in _frames(context):
                 frame = message.frame
                 key = RequestKey(frame.deployment, frame.ingress, frame.request)
@@ -94,7 +99,14 @@ class Servicer(NodeServicer):
             self._log.warning("link refused", sender=sender.name, address=sender.address, error=error.message)
             await abort_with(context, error.at(node=self._pipeline.config.name))
         finally:
+            self._streams.discard(context)
             self._pipeline.sender_closed(sender, token)
+
+    async def end_streams(self, reason: SplitnetError) -> None:
+        """Ends all Run and Forward streams; the far sides are told why."""
+        for context in list(self._streams):
+            with contextlib.suppress(grpc.aio.AbortError, grpc.aio.UsageError):  # the first is how gRPC's abort returns
+                await abort_with(context, reason)
 
     async def _take(self, key: RequestKey, message: Message) -> None:
         frame = message.frame
@@ -184,7 +196,7 @@ async def _measured_link(address: str, budget_s: float) -> pb.MeasureReply:
 def add_to_server(servicer: Servicer, server: grpc.aio.Server) -> None:
     """Registers all calls; Run and Forward with undecoded messages: `wire.decode_frame` finds the payload in them without a copy."""
     add_NodeServicer_to_server(servicer, server)
-    undecoded = {
+    undecoded: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Run": grpc.stream_stream_rpc_method_handler(servicer.Run),
         "Forward": grpc.stream_stream_rpc_method_handler(servicer.Forward),
     }
