@@ -160,6 +160,7 @@ class _Draft:
                 param_bytes=stage.param_bytes,
                 activation_bytes=stage.activation_bytes,
                 seconds=math.fsum(self.seconds[candidate.order[stage.index], place[name]] for name in stage.executed),
+                **_ends(structure, stage.operators),
             )
             for stage in layout.stages
         )
@@ -237,6 +238,13 @@ def _positions(structure: Structure, crossing: Sequence[int], seconds: Floats) -
             stretches.setdefault(int(elapsed[i - 1] / max(elapsed[-1], 1e-12) * MAX_POSITIONS), []).append(i)
         found = [min(stretch, key=lambda i: (crossing[i], i)) for stretch in stretches.values()]
     return [0, *found, len(structure.vertices)]
+
+
+def _ends(structure: Structure, operators: Sequence[str]) -> dict[str, str]:
+    """Where a stage begins and ends, for people: by its costly operators."""
+    costly = [name for name in operators if not structure.vertex[name].cheap] or list(operators)
+    first, last = structure.vertex[costly[0]], structure.vertex[costly[-1]]
+    return {"first": first.scope or first.name, "last": last.scope or last.name}
 
 
 def _live_bytes(structure: Structure) -> list[int]:

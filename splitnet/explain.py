@@ -55,13 +55,13 @@ def explain(plan: Plan) -> str:
 def _stage(stage: StageSpec) -> tuple[str, ...]:
     names = stage.operators or ("-",)
     need = stage.param_bytes + stage.activation_bytes
-    count, first, last = str(len(stage.operators)), names[0], names[-1]
+    count, first, last = str(len(stage.operators)), stage.first or names[0], stage.last or names[-1]
     return stage.name, stage.node, count, first, last, bytes_text(stage.param_bytes), bytes_text(need), seconds_text(stage.seconds)
 
 
 def _transfers(plan: Plan) -> list[tuple[str, ...]]:
     node = {stage.name: stage.node for stage in plan.stages} | {CLIENT: plan.stages[0].node}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for transfer in plan.transfers:
         a, b = node[transfer.source], node[transfer.target]
         link = f"{a}->{b}" if a != b else f"within {a}"

@@ -37,7 +37,8 @@ class NodeRef:
 @dataclass(frozen=True, slots=True)
 class StageSpec:
     """A shard placed on a node. `operators` are vertices of the model graph; `inputs` and `outputs` are the values that cross its
-    border, by their names in the model graph. `seconds` is predicted for the profile's batch."""
+    border, by their names in the model graph. `seconds` is predicted for the profile's batch. `first` and `last` say for people where
+    in the model it begins and ends: module paths, or operators where there is none."""
 
     name: str
     node: str
@@ -48,6 +49,8 @@ class StageSpec:
     activation_bytes: int = 0
     seconds: float = 0.0
     shard: str = ""  # sha256 of the shard's manifest; empty until cut
+    first: str = ""
+    last: str = ""
 
 
 @dataclass(frozen=True, slots=True)

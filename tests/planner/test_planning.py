@@ -140,6 +140,12 @@ def test_cuts_by_hand() -> None:
     assert [stage.node for stage in chosen.stages] == ["c", "a", "b"]
     assert [stage.operators[0] for stage in chosen.stages] == ["linear0", "linear2", "add4"]
     assert chosen.ingress.name == "c"
+    assert [(stage.first, stage.last) for stage in chosen.stages] == [
+        ("block.0", "block.1"),
+        ("block.2", "block.4"),
+        ("block.4", "block.5"),
+    ]
+    assert "block.2" in chosen.explain()
     with pytest.raises(BadInput, match="no operator 'linear99'"):
         plan(profile_of(structure()), cluster({"a": 0, "b": 0}), at=["linear99"])
     with pytest.raises(BadInput, match="2 cuts make 3 stages, but there are 2 nodes"):
