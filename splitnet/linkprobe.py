@@ -110,15 +110,10 @@ def fit_link(samples: Sequence[LinkSample]) -> LinkMeasurement:
     apart = sizes[i] != sizes[j]
     i, j = i[apart], j[apart]
     slope = _weighted_median((seconds[j] - seconds[i]) / (sizes[j] - sizes[i]), np.abs(sizes[j] - sizes[i]))
-    largest = sizes == sizes.max()
-    # A link so fast that noise hides its slope is at least as fast as its largest message was seen to go.
-    floor = float(np.min(seconds[largest]) / sizes.max()) / 16
-    return LinkMeasurement(
-        round_trip_s=round_trip,
-        bandwidth_bytes_per_s=1.0 / max(slope, floor),
-        jitter_s=float(np.median(np.abs(pings - round_trip))),
-        samples=tuple(samples),
-    )
+    jitter = float(np.median(np.abs(pings - round_trip)))
+    # Where noise hides the slope, the largest message took no longer to transmit than the noise: the link is at least that fast.
+    floor = max(jitter, 1e-6 * round_trip, 1e-9) / float(sizes.max())
+    return LinkMeasurement(round_trip_s=round_trip, bandwidth_bytes_per_s=1.0 / max(slope, floor), jitter_s=jitter, samples=tuple(samples))
 
 
 def _weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
