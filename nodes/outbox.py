@@ -134,8 +134,10 @@ class Outbox:
         self._turns.clear()
         self._idle.set()
 
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._parcels
+    @property
+    def waiting(self) -> int:
+        """Parcels that have not been sent to the end."""
+        return sum(map(len, self._parcels.values()))
 
     async def flushed(self) -> None:
         """Returns when everything has been handed to gRPC (or forgotten)."""

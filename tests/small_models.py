@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nodes.testing import LocalCluster
 from partitioner.capturing import capture
 from partitioner.cutting import cut
 from partitioner.graph import ModelGraph
@@ -18,7 +21,7 @@ from splitnet.cluster import Cluster
 from splitnet.plan import NodeRef, Plan, StageSpec
 from splitnet.shard import Shard
 
-__all__ = ["Chain", "Diamond", "Fragile", "Slow", "Split", "captured", "split"]
+__all__ = ["Split", "at_rest", "captured", "chain", "diamond", "fragile", "slow", "split", "stages_by"]
 
 
 class Chain(torch.nn.Module):
@@ -51,7 +54,7 @@ class Diamond(torch.nn.Module):
 
 
 class Slow(torch.nn.Module):
-    """Three layers of which the second takes its time: about `rounds` x 2 ms for each row."""
+    """Three layers of which the second is run many times."""
 
     def __init__(self, rounds: int, width: int = 256) -> None:
         super().__init__()
@@ -81,6 +84,31 @@ class Fragile(torch.nn.Module):
 
 def captured(module: torch.nn.Module, *example: torch.Tensor) -> ModelGraph:
     return capture(module.eval(), example, name=type(module).__name__.lower())
+
+
+@functools.cache
+def chain() -> ModelGraph:
+    torch.manual_seed(0)
+    return captured(Chain(), torch.randn(2, 16))
+
+
+@functools.cache
+def diamond() -> ModelGraph:
+    torch.manual_seed(1)
+    return captured(Diamond(), torch.randn(2, 16), torch.randn(2, 16))
+
+
+@functools.cache
+def slow() -> ModelGraph:
+    """On one thread a batch of 1000 takes about 0.1 s."""
+    torch.manual_seed(2)
+    return captured(Slow(rounds=20), torch.randn(2, 8))
+
+
+@functools.cache
+def fragile() -> ModelGraph:
+    torch.manual_seed(3)
+    return captured(Fragile(), torch.zeros(2, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -146,3 +174,37 @@ def split(
     )
     shards = cut(model, plan, directory)
     return Split(model, plan.with_shards({name: shard.sha256 for name, shard in shards.items()}), shards)
+
+
+def stages_by(**nodes: str) -> list[tuple[str, Callable[[str], bool]]]:
+    """`stages_by(a="linear relu", b="linear_1", c="*")`: node -> operators, "*" for the rest."""
+
+    def wants(operators: str) -> Callable[[str], bool]:
+        named = set(operators.split())
+        return lambda name: name in named or "*" in named
+
+    return [(node.rstrip("_"), wants(operators)) for node, operators in nodes.items()]
+
+
+def at_rest(cluster: LocalCluster, timeout_s: float = 3.0) -> None:
+    """Waits until no node of this process holds anything of any request, and fails where one still does."""
+    deadline = time.monotonic() + timeout_s
+    while held := _held(cluster):
+        assert time.monotonic() < deadline, held
+        time.sleep(0.01)
+
+
+def _held(cluster: LocalCluster) -> dict[str, dict[str, int]]:
+    found = {}
+    for name in cluster.names:
+        pipeline = cluster.server(name).pipeline
+        links = [link for d in list(pipeline.deployments.values()) for link in d.links.values()]
+        holds = {
+            "requests": len(pipeline.requests),
+            "buffered bytes": pipeline.buffers.used_bytes,
+            "admitted": sum(d.admission.in_flight for d in list(pipeline.deployments.values())),
+            "parcels": sum(link.outbox.waiting for link in links),
+        }
+        if any(holds.values()):
+            found[name] = holds
+    return found
