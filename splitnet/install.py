@@ -18,11 +18,12 @@ import grpc.aio
 
 from splitnet.channel import open_channel, stub, translated
 from splitnet.cluster import Cluster
-from splitnet.errors import AlreadyExists, BadInput, BadPlan, InsufficientMemory, NodeUnavailable, NotFound, ServiceError, SplitnetError
+from splitnet.errors import BadInput, NodeUnavailable, NotFound, ServiceError, SplitnetError
 from splitnet.node_status import NodeStatus, status_of
 from splitnet.plan import NodeRef, Plan
+from splitnet.preflight import check_nodes, open_shards
 from splitnet.rpc.v1 import node_pb2 as pb
-from splitnet.shard import Shard, open_shard
+from splitnet.shard import Shard
 from splitnet.shipping import shard_blobs, ship
 
 __all__ = [
@@ -77,11 +78,11 @@ async def deploy_async(
     When a node fails to activate, or this is cancelled, what was activated is unloaded again: there is no half deployment. Shipped
     blobs stay, so that the next attempt is cheap. Deploying the same plan again is harmless."""
     name = _checked_name(name or default_name(plan.model))
-    opened = await asyncio.to_thread(_open_shards, plan, shards)
+    opened = await asyncio.to_thread(open_shards, plan, shards)
     plan = plan.with_shards({stage: shard.sha256 for stage, shard in opened.items()})
     nodes = [node for node in plan.nodes if any(stage.node == node.name for stage in plan.stages)]
     before = {node.name: status for node, status in zip(nodes, await status_of(nodes), strict=True)}
-    _check_nodes(plan, name, opened, before)
+    check_nodes(plan, name, opened, before)
     installer = _Installer(plan, name, opened, nodes, on_progress)
     sent = await installer.ship_all(concurrency)
     load_s = await installer.activate_all(already={n for n, status in before.items() if status.deployment(name) is not None})
@@ -96,10 +97,12 @@ async def undeploy_async(where: Plan | Cluster, name: str = "", *, drain_s: floa
     statuses = await status_of(where)
     holders = [status for status in statuses if status.deployment(name) is not None]
     silent = [status for status in statuses if status.error]
+    outcomes: dict[str, object] = {}
     for ingress in (True, False):
         batch = [s for s in holders if (d := s.deployment(name)) is not None and d.ingress is ingress]
-        outcomes = await asyncio.gather(*(_unload(s.address, name, drain_s, delete_blobs) for s in batch), return_exceptions=True)
-        _raise_first(dict(zip((s.name for s in batch), outcomes, strict=True)))
+        done = await asyncio.gather(*(_unload(s.address, name, drain_s, delete_blobs) for s in batch), return_exceptions=True)
+        outcomes |= dict(zip((s.name for s in batch), done, strict=True))
+    _raise_first(outcomes)
     if silent:
         raise NodeUnavailable(
             f"deployment {name!r} may still be on " + "; ".join(f"node {s.name!r}: {s.error}" for s in silent),
@@ -125,17 +128,17 @@ def deploy(
     concurrency: int = 8,
 ) -> Deployed:
     """As `deploy_async`, blocking."""
-    return _blocking(deploy_async(plan, shards, name=name, on_progress=on_progress, concurrency=concurrency))
+    return background.run(deploy_async(plan, shards, name=name, on_progress=on_progress, concurrency=concurrency))
 
 
 def undeploy(where: Plan | Cluster, name: str = "", *, drain_s: float = 5.0, delete_blobs: bool = False) -> list[str]:
     """As `undeploy_async`, blocking."""
-    return _blocking(undeploy_async(where, name, drain_s=drain_s, delete_blobs=delete_blobs))
+    return background.run(undeploy_async(where, name, drain_s=drain_s, delete_blobs=delete_blobs))
 
 
 def status(where: Cluster | Plan, *, timeout_s: float = 10.0) -> list[NodeStatus]:
     """As `status_async`, blocking."""
-    return _blocking(status_async(where, timeout_s=timeout_s))
+    return background.run(status_async(where, timeout_s=timeout_s))
 
 
 class _Installer:
@@ -201,69 +204,6 @@ class _Installer:
             self._on_progress(Progress(phase, node.name, self._held_bytes, self._total_bytes))
 
 
-def _open_shards(plan: Plan, shards: Mapping[str, Shard | str | Path]) -> dict[str, Shard]:
-    """Every stage's shard, checked against the plan. Raises BadPlan or BadShard."""
-    names = [stage.name for stage in plan.stages]
-    if missing := [stage for stage in names if stage not in shards]:
-        raise BadPlan(f"there is no shard for stage {missing[0]!r}", remedy="cut the model: `splitnet plan` does it, and `partitioner.cut`")
-    if strange := sorted(set(shards) - set(names)):
-        raise BadPlan(
-            f"there is a shard for stage {strange[0]!r}, which the plan does not have", remedy="give the shards that were cut for this plan"
-        )
-    opened = {}
-    for stage in plan.stages:
-        given = shards[stage.name]
-        shard = given if isinstance(given, Shard) else open_shard(given)
-        opened[stage.name] = shard
-        _check_shard(plan, stage.name, stage.shard, shard)
-    return opened
-
-
-def _check_shard(plan: Plan, stage: str, planned_sha256: str, shard: Shard) -> None:
-    manifest = shard.manifest
-    remedy = "cut the model for this plan: `splitnet plan` does it, and `partitioner.cut`"
-    if manifest.model_sha256 != plan.model_sha256:
-        raise BadPlan(
-            f"the plan is for model {plan.model!r} ({plan.model_sha256[:12]}), the shard {shard.path} was cut from {manifest.model!r} ({manifest.model_sha256[:12]})",
-            stage=stage,
-            remedy=remedy,
-        )
-    if manifest.stage != stage:
-        raise BadPlan(f"the shard {shard.path} is for stage {manifest.stage!r}", stage=stage, remedy=remedy)
-    if planned_sha256 and planned_sha256 != shard.sha256:
-        raise BadPlan(f"the plan names shard {planned_sha256[:12]}, {shard.path} is {shard.sha256[:12]}", stage=stage, remedy=remedy)
-    spec = plan.stage(stage)
-    for side in ("inputs", "outputs"):
-        if {t.name for t in getattr(spec, side)} != {t.name for t in getattr(manifest, side)}:
-            raise BadPlan(f"plan and shard {shard.path} differ in the stage's {side}", stage=stage, remedy=remedy)
-
-
-def _check_nodes(plan: Plan, name: str, shards: Mapping[str, Shard], statuses: Mapping[str, NodeStatus]) -> None:
-    """Before a byte is shipped: every node answers, the name is free, the memory suffices as far as a node tells."""
-    if silent := [status for status in statuses.values() if status.error]:
-        raise NodeUnavailable(
-            "; ".join(f"node {s.name!r} at {s.address}: {s.error}" for s in silent),
-            remedy="start `splitnet node` there, or correct the addresses in the plan's cluster file and plan again",
-        )
-    for node, status in statuses.items():
-        held = status.deployment(name)
-        if held is not None and held.plan_sha256 != plan.sha256:
-            raise AlreadyExists(
-                f"it already serves another plan under the name {name!r} (model {held.model!r})",
-                node=node,
-                remedy=f"choose another --name, or take that one off first: `splitnet unload {name}`",
-            )
-        manifests = [shards[stage.name].manifest for stage in plan.stages if stage.node == node]
-        needed = sum(manifest.param_bytes + manifest.activation_bytes for manifest in manifests)
-        free = status.memory_limit_bytes - status.memory_used_bytes
-        if status.memory_limit_bytes and held is None and needed > free:
-            raise InsufficientMemory(
-                f"its stages need {needed} bytes, {max(0, free)} of {status.memory_limit_bytes} are free",
-                node=node,
-                remedy="unload another deployment, raise the node's --memory, or plan again with its true limit in the cluster file",
-            )
-
-
 async def _unload(address: str, name: str, drain_s: float, delete_blobs: bool) -> None:
     """NotFound is as good as done."""
     async with open_channel(address) as channel:
@@ -300,21 +240,3 @@ def _checked_name(name: str) -> str:
     if not _NAME.match(name):
         raise BadInput(f"deployment name {name!r}: expected 1 to 63 letters, digits, '.', '_' or '-'", remedy="choose another --name")
     return name
-
-
-def _blocking(work: Coroutine[Any, Any, _T]) -> _T:
-    """Runs it in a loop of its own; in a thread of its own where this thread already has a running loop (a notebook)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    outcome: Future[_T] = Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(asyncio.run(work))
-        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits for it
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, name="splitnet-deploy").start()
-    return outcome.result()

@@ -222,7 +222,7 @@ def test_the_node_itself_also_refuses_and_nothing_half_stays(make_chain: MakeCha
     need = 96 * WIDTH * 4 + 1000
     with LocalCluster(3, memory_bytes=[0, need - 1, 0]) as nodes:
         plan, shards = make_chain(nodes.cluster())
-        monkeypatch.setattr(module, "_check_nodes", lambda *_: None)
+        monkeypatch.setattr(module, "check_nodes", lambda *_: None)
         with pytest.raises(InsufficientMemory, match="1 bytes are missing") as caught:
             splitnet.deploy(plan, shards)
         assert caught.value.node == "b"

@@ -43,13 +43,16 @@ class Node:
         size = len(data) if size_bytes is None else size_bytes
         header = pb.BlobHeader(sha256=sha256 or hashlib.sha256(data).hexdigest(), size_bytes=size, packed=packed)
 
-        async def requests() -> AsyncIterator[pb.LoadRequest]:
-            yield pb.LoadRequest(header=header)
-            yield pb.LoadRequest(data=data)
-
+        load: Any = stub(self.channel).Load
         with translated(self.address):
-            replies = [reply async for reply in stub(self.channel).Load(requests(), timeout=20)]
-        return replies[-1]
+            call = load(timeout=20)
+            await call.write(pb.LoadRequest(header=header))
+            reply: pb.LoadReply = await call.read()
+            if not reply.complete:
+                await call.write(pb.LoadRequest(data=data))
+                await call.done_writing()
+                reply = await call.read()
+        return reply
 
     async def activate(self, manifest: bytes) -> None:
         sha256 = hashlib.sha256(manifest).hexdigest()

@@ -1,0 +1,76 @@
+"""What is checked before a byte is shipped: that plan and shards belong together, and that the nodes can take them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from splitnet.errors import AlreadyExists, BadPlan, InsufficientMemory, NodeUnavailable
+from splitnet.node_status import NodeStatus
+from splitnet.plan import Plan
+from splitnet.shard import Shard, open_shard
+
+__all__ = ["check_nodes", "open_shards"]
+
+
+def open_shards(plan: Plan, shards: Mapping[str, Shard | str | Path]) -> dict[str, Shard]:
+    """Every stage's shard, checked against the plan. Raises BadPlan or BadShard."""
+    names = [stage.name for stage in plan.stages]
+    if missing := [stage for stage in names if stage not in shards]:
+        raise BadPlan(f"there is no shard for stage {missing[0]!r}", remedy="cut the model: `splitnet plan` does it, and `partitioner.cut`")
+    if strange := sorted(set(shards) - set(names)):
+        raise BadPlan(
+            f"there is a shard for stage {strange[0]!r}, which the plan does not have", remedy="give the shards that were cut for this plan"
+        )
+    opened = {}
+    for stage in plan.stages:
+        given = shards[stage.name]
+        shard = given if isinstance(given, Shard) else open_shard(given)
+        opened[stage.name] = shard
+        _check_shard(plan, stage.name, stage.shard, shard)
+    return opened
+
+
+def _check_shard(plan: Plan, stage: str, planned_sha256: str, shard: Shard) -> None:
+    manifest = shard.manifest
+    remedy = "cut the model for this plan: `splitnet plan` does it, and `partitioner.cut`"
+    if manifest.model_sha256 != plan.model_sha256:
+        raise BadPlan(
+            f"the plan is for model {plan.model!r} ({plan.model_sha256[:12]}), the shard {shard.path} was cut from {manifest.model!r} ({manifest.model_sha256[:12]})",
+            stage=stage,
+            remedy=remedy,
+        )
+    if manifest.stage != stage:
+        raise BadPlan(f"the shard {shard.path} is for stage {manifest.stage!r}", stage=stage, remedy=remedy)
+    if planned_sha256 and planned_sha256 != shard.sha256:
+        raise BadPlan(f"the plan names shard {planned_sha256[:12]}, {shard.path} is {shard.sha256[:12]}", stage=stage, remedy=remedy)
+    spec = plan.stage(stage)
+    for side in ("inputs", "outputs"):
+        if {t.name for t in getattr(spec, side)} != {t.name for t in getattr(manifest, side)}:
+            raise BadPlan(f"plan and shard {shard.path} differ in the stage's {side}", stage=stage, remedy=remedy)
+
+
+def check_nodes(plan: Plan, name: str, shards: Mapping[str, Shard], statuses: Mapping[str, NodeStatus]) -> None:
+    """Before a byte is shipped: every node answers, the name is free, the memory suffices as far as a node tells."""
+    if silent := [status for status in statuses.values() if status.error]:
+        raise NodeUnavailable(
+            "; ".join(f"node {s.name!r} at {s.address}: {s.error}" for s in silent),
+            remedy="start `splitnet node` there, or correct the addresses in the plan's cluster file and plan again",
+        )
+    for node, status in statuses.items():
+        held = status.deployment(name)
+        if held is not None and held.plan_sha256 != plan.sha256:
+            raise AlreadyExists(
+                f"it already serves another plan under the name {name!r} (model {held.model!r})",
+                node=node,
+                remedy=f"choose another --name, or take that one off first: `splitnet unload {name}`",
+            )
+        manifests = [shards[stage.name].manifest for stage in plan.stages if stage.node == node]
+        needed = sum(manifest.param_bytes + manifest.activation_bytes for manifest in manifests)
+        free = status.memory_limit_bytes - status.memory_used_bytes
+        if status.memory_limit_bytes and held is None and needed > free:
+            raise InsufficientMemory(
+                f"its stages need {needed} bytes, {max(0, free)} of {status.memory_limit_bytes} are free",
+                node=node,
+                remedy="unload another deployment, raise the node's --memory, or plan again with its true limit in the cluster file",
+            )
