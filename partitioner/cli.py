@@ -25,6 +25,7 @@ __all__ = ["bench", "plan", "probe", "profile"]
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _TOP_OPERATORS = 12
+_BUSY = 0.15  # a spread of whole runs beyond which a profile is doubtful
 
 
 class _Size(click.ParamType[tuple[str, int]]):
@@ -60,12 +61,11 @@ def probe(addresses: tuple[str, ...], output: Path, budget_s: float, as_json: bo
     Example: three boxes
       splitnet probe --node 10.0.0.5:7001 --node 10.0.0.6:7001 --node 10.0.0.7:7001 -o cluster.toml
     """
-    import asyncio
-
     from partitioner.bandwidth import matrix, survey
+    from splitnet import background
 
     with _bar("probing") as advance:
-        found = asyncio.run(survey(addresses, budget_s=budget_s, on_progress=advance))
+        found = background.run(survey(addresses, budget_s=budget_s, on_progress=advance))
     found.cluster.save(output)
     if as_json:
         document = {
@@ -243,9 +243,10 @@ def _profile_lines(measured: Profile) -> list[str]:
         f"{structure.name}: {len(structure.vertices)} operators, {bytes_text(structure.param_bytes)} of parameters, "
         f"{seconds_text(measured.whole_s)} for a batch of {structure.batch}",
         f"measured on {measured.device}, threads: {measured.threads}, median of {measured.repeats} runs, torch {measured.torch}",
-        "",
-        "the longest",
     ]
+    if measured.spread > _BUSY:
+        lines.append(f"warning: runs differ by {measured.spread:.0%}: is the machine busy? These figures are no better than that")
+    lines += ["", "the longest"]
     longest = sorted(zip(seconds, structure.vertices, strict=True), key=lambda pair: -pair[0])[:_TOP_OPERATORS]
     rows = [("operator", "kind", "module", "seconds", "share")]
     for took, vertex in longest:

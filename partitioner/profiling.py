@@ -55,6 +55,7 @@ class Profile:
     repeats: int
     whole_s: float  # the median of whole runs; the column HERE adds up to it
     reference_s: float  # the reference kernel here, with the same threads
+    spread: float = 0.0  # the median deviation of whole runs from whole_s, as a share of it: much on a busy machine
     version: int = field(default=PROFILE_VERSION)
 
     def __post_init__(self) -> None:
@@ -164,6 +165,7 @@ def profile(
         repeats=repeats,
         whole_s=whole_s,
         reference_s=measure_reference(threads).seconds,
+        spread=statistics.median(abs(w - whole_s) for w in whole) / whole_s,
     )
     return measured.for_cluster(cluster) if cluster else measured
 

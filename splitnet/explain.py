@@ -115,7 +115,7 @@ def _verdict(plan: Plan, predicted: Prediction) -> str:
         gain = predicted.throughput_per_s / max(best.throughput_per_s, 1e-12)
     alone = len({stage.node for stage in plan.stages}) == 1
     if alone and gain >= 1 - _SAME:
-        return f"One machine alone is best for {what}: {plan.stages[0].node!r}. Splitting the model over these nodes would be slower."
+        return f"One machine alone is best for {what}: {plan.stages[0].node!r}. No cut of the model over these nodes is predicted to be faster."
     if gain > 1 + _SAME:
         return f"Splitting pays: {gain:.2f}x the {what.replace('latency', 'speed')} of the best node alone ({best.node!r})."
     if gain >= 1 - _SAME:
