@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import struct
 import subprocess
@@ -27,13 +26,14 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import numpy as np
-from safetensors.numpy import save
+import torch
 
+import partitioner
 import splitnet
 from nodes.testing import LocalCluster
-from splitnet import AsyncClient, Cluster, NodeRef, OutputSpec, Plan, Shard, StageSpec, TensorSpec, Transfer, wire
+from partitioner.layout import lay_out
+from splitnet import AsyncClient, Cluster, NodeRef, Plan, Shard, StageSpec, wire
 from splitnet.channel import CHANNEL_OPTIONS, SERVER_OPTIONS
-from splitnet.shard import write_shard
 
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20}
 TINY = 64
@@ -43,51 +43,38 @@ Once = Callable[[], Awaitable[object]]
 # ----------------------------------------------------------------------------------------------------------- the nodes
 
 
-def stage_files(elements: int) -> tuple[dict[str, bytes | Path], dict[str, bytes | Path]]:
-    """big = x * w, on one side; y = big[:, 0], on the other: next to no arithmetic."""
-    make = {
-        "format": 1,
-        "inputs": [{"name": "x", "kind": "tensor"}],
-        "weights": {"w": {"dtype": "float32", "shape": [elements], "order": [0]}},
-        "operators": [{"op": "aten.mul.Tensor", "args": [{"ref": "x"}, {"weight": "w"}], "kwargs": {}, "out": "big"}],
-        "outputs": ["big"],
-    }
-    take = {
-        "format": 1,
-        "inputs": [{"name": "big", "kind": "tensor"}],
-        "weights": {},
-        "operators": [{"op": "aten.select.int", "args": [{"ref": "big"}, 1, 0], "kwargs": {}, "out": "y"}],
-        "outputs": ["y"],
-    }
-    weights = save({"w": np.ones(elements, np.float32)})
-    return {"graph.json": json.dumps(make).encode(), "weights.safetensors": weights}, {
-        "graph.json": json.dumps(take).encode(),
-        "weights.safetensors": save({}),
-    }
+class Hop(torch.nn.Module):
+    """A large activation made on one side, and one element of it used on the other."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.make = torch.nn.Linear(1, elements)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.make(x)[:, 0]
 
 
 def two_stages(elements: int, cluster: Cluster, nodes: tuple[str, str], folder: Path) -> tuple[Plan, dict[str, Shard]]:
-    x = TensorSpec("x", "float32", ("batch", 1))
-    big = TensorSpec("big", "float32", ("batch", elements))
-    y = TensorSpec("y", "float32", ("batch",))
-    ends = {"make": (x, big), "take": (big, y)}
-    shards = {
-        name: write_shard(
-            folder / name, model="hop", model_sha256="0" * 64, stage=name, engine="torch-graph", inputs=(source,), outputs=(target,),
-            members=members, param_bytes=4 * elements if name == "make" else 0, activation_bytes=4 * elements,
-        )
-        for (name, (source, target)), members in zip(ends.items(), stage_files(elements), strict=True)
-    }  # fmt: skip
+    model = partitioner.capture(Hop(elements).eval(), (torch.ones(2, 1),), name="hop")
+    vertices = [vertex.name for vertex in model.structure.vertices if vertex.op != "input"]
+    layout = lay_out(model.structure, {name: int(name != vertices[0]) for name in vertices})
+    names = {stage.index: f"stage{stage.index}" for stage in layout.stages}
     plan = Plan(
         model="hop",
-        model_sha256="0" * 64,
+        model_sha256=model.sha256,
         objective="latency",
         nodes=tuple(NodeRef(node.name, node.address) for node in cluster.nodes),
-        stages=tuple(StageSpec(name, node, (name,), (ends[name][0],), (ends[name][1],)) for name, node in zip(ends, nodes, strict=True)),
-        transfers=(Transfer("", "make", ("x",)), Transfer("make", "take", ("big",)), Transfer("take", "", ("y",))),
-        inputs=(x,),
-        outputs=(OutputSpec("y", y),),
+        stages=tuple(
+            StageSpec(names[s.index], nodes[s.index], s.operators, s.inputs, s.outputs, s.param_bytes, s.activation_bytes)
+            for s in layout.stages
+        ),
+        transfers=tuple(layout.transfers(names)),
+        inputs=model.structure.inputs,
+        outputs=model.structure.outputs,
     )
+    crossing = sum(transfer.bytes for transfer in plan.transfers if transfer.source and transfer.target)
+    assert crossing == 2 * 4 * elements, "the activation is what crosses"  # of the example's batch of two
+    shards = partitioner.cut(model, plan, folder)
     return plan.with_shards({name: shard.sha256 for name, shard in shards.items()}), shards
 
 
