@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from splitnet import background
 from splitnet.channel import open_channel, stub, translated
 from splitnet.cluster import Cluster, ClusterNode, Link
 from splitnet.errors import BadCluster, BadInput, NodeUnavailable, ServiceError, SplitnetError
@@ -34,11 +35,11 @@ class Survey:
 
 
 def probe(addresses: Sequence[str], *, budget_s: float = BUDGET_S, on_progress: OnProgress | None = None) -> Cluster:
-    """The cluster of the nodes at these addresses (HOST:PORT), measured; see `survey`. Blocking: not for a running event loop.
+    """The cluster of the nodes at these addresses (HOST:PORT), measured; see `survey`. Blocking.
 
     Raises NodeUnavailable where a node cannot reach another one.
     """
-    found = asyncio.run(survey(addresses, budget_s=budget_s, on_progress=on_progress))
+    found = background.run(survey(addresses, budget_s=budget_s, on_progress=on_progress))
     for (a, b), why in found.unreachable.items():
         raise NodeUnavailable(f"it cannot reach node {b!r}: {why}", node=a, remedy="open the port between the nodes, or probe fewer nodes")
     return found.cluster

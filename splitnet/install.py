@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import re
-import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc.aio
 
+from splitnet import background
 from splitnet.channel import open_channel, stub, translated
 from splitnet.cluster import Cluster
 from splitnet.errors import BadInput, NodeUnavailable, NotFound, ServiceError, SplitnetError

@@ -1,26 +1,22 @@
-"""The blocking client: `AsyncClient` behind one background thread, with the same surface."""
+"""The blocking client: `AsyncClient` in the background loop, with the same surface."""
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-import threading
 from collections import deque
-from collections.abc import Coroutine, Generator, Iterable
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self
 
 import numpy as np
 
+from splitnet import background
 from splitnet.client import AsyncClient
 from splitnet.deployment import Deployment, Inputs
-from splitnet.errors import BadInput
 from splitnet.tensors import TensorSpec
 
 __all__ = ["Client"]
-
-_T = TypeVar("_T")
 
 
 class Client:
@@ -29,15 +25,11 @@ class Client:
         with Client("10.0.0.5:7001") as client:
             outputs = client.infer({"pixel_values": array})
 
-    Any number of threads may call at once. Owns one daemon thread from construction to `close`.
+    Any number of threads may call at once.
     """
 
     def __init__(self, address: str, deployment: str = "", *, timeout_s: float = 60.0) -> None:
         self._client = AsyncClient(address, deployment, timeout_s=timeout_s)
-        self._loop = asyncio.new_event_loop()
-        self._closing = threading.Lock()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=f"splitnet client of {address}", daemon=True)
-        self._thread.start()
 
     @property
     def address(self) -> str:
@@ -45,14 +37,14 @@ class Client:
 
     def infer(self, inputs: Inputs, *, timeout_s: float | None = None, retry: bool = False) -> dict[str, np.ndarray]:
         """As `AsyncClient.infer`. An interrupt (Ctrl-C) cancels the request on the nodes."""
-        return self._wait(self._client.infer(inputs, timeout_s=timeout_s, retry=retry))
+        return background.run(self._client.infer(inputs, timeout_s=timeout_s, retry=retry))
 
     def stream(
         self, batches: Iterable[Inputs], *, window: int | None = None, timeout_s: float | None = None
     ) -> Generator[dict[str, np.ndarray], None, None]:
         """As `AsyncClient.stream`. `batches` is read in the calling thread, whenever outputs are asked for; where reading blocks,
         outputs that are ready wait for one read at most."""
-        width = self._wait(self._client.window(window))
+        width = background.run(self._client.window(window))
         under_way: deque[Future[dict[str, np.ndarray]]] = deque()
         source, index, more = iter(batches), itertools.count(), True
         try:
@@ -67,7 +59,7 @@ class Client:
                         while under_way:
                             yield under_way.popleft().result()
                         raise
-                    under_way.append(self._start(work))
+                    under_way.append(background.start(work))
                     if not under_way[0].done():
                         continue
                 yield under_way.popleft().result()
@@ -77,11 +69,11 @@ class Client:
 
     def describe(self) -> Deployment:
         """As `AsyncClient.describe`."""
-        return self._wait(self._client.describe())
+        return background.run(self._client.describe())
 
     def connect(self) -> None:
         """As `AsyncClient.connect`."""
-        self._wait(self._client.connect())
+        background.run(self._client.connect())
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -99,16 +91,8 @@ class Client:
         return self._known().max_in_flight
 
     def close(self) -> None:
-        """As `AsyncClient.close`; ends the thread. Idempotent. Not to be called from two threads while others still call."""
-        with self._closing:
-            if self._loop.is_closed():
-                return
-            try:
-                self._wait(self._client.close())
-            finally:
-                self._loop.call_soon_threadsafe(self._loop.stop)
-                self._thread.join()
-                self._loop.close()
+        """As `AsyncClient.close`. Idempotent."""
+        background.run(self._client.close())
 
     def __enter__(self) -> Self:
         try:
@@ -124,17 +108,3 @@ class Client:
     def _known(self) -> AsyncClient:
         self.connect()
         return self._client
-
-    def _start(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
-        if self._loop.is_closed():
-            work.close()
-            raise BadInput("the client is closed", remedy="make a new one")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def _wait(self, work: Coroutine[Any, Any, _T]) -> _T:
-        future = self._start(work)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()  # no effect on what has ended
-            raise

@@ -125,9 +125,7 @@ def _read(plan: Plan, request: _Request) -> dict[str, np.ndarray]:
 
 def _deployed(plan: Plan, timeout_s: float) -> str:
     """The name under which the plan is deployed."""
-    import asyncio
-
-    from splitnet import channel
+    from splitnet import background, channel
     from splitnet.errors import NotFound
     from splitnet.rpc.v1 import node_pb2 as pb
 
@@ -138,7 +136,7 @@ def _deployed(plan: Plan, timeout_s: float) -> str:
             with channel.translated(address):
                 return await channel.stub(connection).Describe(pb.DescribeRequest(), timeout=timeout_s)
 
-    reply = asyncio.run(ask())
+    reply = background.run(ask())
     for status in reply.deployments:
         if status.plan_sha256 == plan.sha256:
             return status.name
