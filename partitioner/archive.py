@@ -12,8 +12,9 @@ import json
 import re
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from splitnet.errors import BadModel
 
@@ -49,12 +50,12 @@ def load_archive(path: Path) -> ModelGraph:
         raise BadModel(f"{path}: the archive holds no example inputs", remedy=_REMEDY)
     args, kwargs = program.example_inputs
     module = program.module(check_guards=False)
-    placeholders = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
+    placeholders: dict[str, Any] = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
     inputs = [(name, placeholders[name]) for name in program.graph_signature.user_inputs if isinstance(name, str)]
     dynamic = {
-        name: {axis: f"{name}_{axis}" for axis, size in enumerate(value.shape) if axis and isinstance(size, torch.SymInt)}
+        name: {axis: f"{name}_{axis}" for axis, size in enumerate(list(value.shape)) if axis and isinstance(size, torch.SymInt)}
         for name, value in inputs
-        if isinstance(value, torch.Tensor)
+        if hasattr(value, "shape")
     }
     example = dict(kwargs) if kwargs and not args else args
     return capture(module, example, name=path.stem, dynamic_shapes=dynamic)
@@ -86,12 +87,11 @@ def refuse_pickles(path: Path) -> None:
         raise BadModel(f"{path}: not a .pt2 archive: {type(error).__name__}: {error}", remedy=_REMEDY) from None
 
 
-def _check_samples(data: bytes, fault: object, name: str) -> None:
+def _check_samples(data: bytes, fault: Callable[[str, str], BadModel], name: str) -> None:
     """torch falls back to the full unpickler where the restricted one refuses; here that is the end."""
     import torch
 
     try:
         torch.load(io.BytesIO(data), weights_only=True)
-    except Exception as error:
-        assert callable(fault)
+    except Exception as error:  # noqa: BLE001 - told as ours
         raise fault(name, f"holds pickled objects that are not tensors: {type(error).__name__}") from None

@@ -53,6 +53,10 @@ def _run_eagerly(module: torch.nn.Module, inputs: InputTree) -> list[tuple[str, 
     args, kwargs = inputs.fill(inputs.tensors)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the module's own business
+        # torch's fused attention layer runs only without gradients, rounds otherwise than the module's own forward, and is no
+        # operator of the exported graph: the module is held to what it computes with gradients on.
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
         try:
             result = module(*args, **kwargs)
         except Exception as error:
@@ -61,6 +65,8 @@ def _run_eagerly(module: torch.nn.Module, inputs: InputTree) -> list[tuple[str, 
                 f"{type(module).__name__} fails on its own example inputs: {type(error).__name__}: {text[:300]}",
                 remedy="give the inputs with which the module runs",
             ) from error
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
     leaves = [(path, as_tensor(value)) for path, value in flatten_output(result)]
     if not leaves:
         raise CaptureError(f"{type(module).__name__} returns no tensor", remedy="return at least one tensor")
@@ -115,9 +121,10 @@ def _lower(exported: Exported, inputs: InputTree, notes: list[str]) -> tuple[Low
     returned = lowering.lower(program.graph_module, environment)
     results: list[Ref] = []
     kept: list[tuple[str, str]] = []
-    for spec, value in zip(signature.output_specs, returned, strict=True):
+    metas = [getattr(a, "meta", {}).get("val") for a in program.graph.output_node().args[0]]
+    for spec, value, meta in zip(signature.output_specs, returned, metas, strict=True):
         if spec.kind is OutputKind.USER_OUTPUT:
-            results.append(_as_value(lowering, value, inputs.names))
+            results.append(_as_value(lowering, value, meta, inputs.names))
         elif spec.kind is OutputKind.BUFFER_MUTATION:
             kept.append((str(spec.target).removeprefix("module."), getattr(value, "name", "")))
         elif spec.kind is not OutputKind.USER_INPUT_MUTATION:  # the client's own array stays as it was
@@ -131,13 +138,15 @@ def _input_value(lowering: Lowering, name: str, meta: torch.Tensor) -> Any:
     return lowering.result.values[name]
 
 
-def _as_value(lowering: Lowering, value: Any, inputs: list[str]) -> Ref:
+def _as_value(lowering: Lowering, value: Any, meta: Any, inputs: list[str]) -> Ref:
     """A result as a value that an operator produces, also where it is an input, a weight or a number."""
     if isinstance(value, Ref) and value.name not in inputs and lowering.result.values[value.name].kind == "tensor":
         return value
     if isinstance(value, Ref) and lowering.result.values[value.name].kind == "tensor":
-        return lowering.alias(value, lowering.result.values[value.name])
-    raise CaptureError(f"an output is {value!r}, which is no tensor")
+        return lowering.alias(value, meta)
+    if isinstance(value, Weight):
+        return lowering.alias(value, meta)
+    raise CaptureError(f"an output is {value!r:.80}, which is no tensor")
 
 
 def _check_state(lowered: Lowered, kept: list[tuple[str, str]], results: list[Ref], notes: list[str]) -> None:
@@ -193,7 +202,7 @@ def _structure(
     specs = {v.name: TensorSpec(v.name, v.dtype, v.shape) for v in lowered.values.values()}
     sizes = {value: render(tree) for value, tree in lowered.sizes.items()}
     vertices = [Vertex(n, "input", (specs[n],), value_bytes=(t.nbytes,), activation_bytes=t.nbytes) for n, t in example.items()]
-    carriers = {}
+    carriers: dict[str, str] = {}
     for spec in sorted((specs[n] for n in example), key=lambda s: (example[s.name].nbytes, s.name)):
         for size in spec.shape:
             for symbol in symbols:
@@ -275,8 +284,8 @@ def _measure(model: ModelGraph, name: str) -> tuple[dict[str, tuple[tuple[int, .
             if value is not None:
                 measured[value] = (tuple(item.shape), _stored_bytes(item)) if isinstance(item, torch.Tensor) else ((), 8)
 
-    with torch.inference_mode():
-        program = Program(model.document(stage), torch, {n: w.detach() for n, w in model.weights.items()})
+    with torch.no_grad():
+        program = Program(model.document(stage), torch, model.weights)
         results = program.run([model.example_inputs[spec.name] for spec in stage.inputs], observe)
     by_value = dict(zip((spec.name for spec in stage.outputs), results, strict=True))
     return measured, [by_value[o.value] for o in structure.outputs]

@@ -105,10 +105,10 @@ def _shape_of(name: str, tensor: torch.Tensor, attempt: str, dynamic: DynamicSha
     if attempt == "shared":
         shape[0] = Dim(BATCH)
     elif attempt == "found":
-        shape[0] = Dim.AUTO  # type: ignore[attr-defined]
+        shape[0] = Dim.AUTO
     for axis in dynamic.get(name, {}):
         if axis < tensor.ndim and axis not in shape:
-            shape[axis] = Dim.AUTO  # type: ignore[attr-defined]
+            shape[axis] = Dim.AUTO
     return shape
 
 
@@ -124,7 +124,8 @@ def _export(module: torch.nn.Module, args: tuple[torch.Tensor, ...], shapes: tup
                 program = torch.export.export(module, args, dynamic_shapes=(shapes,), strict=True)
             except Exception:  # noqa: BLE001 - the first one says more
                 raise loose from None
-        return program.run_decompositions({})
+        functional: ExportedProgram = program.run_decompositions({})
+        return functional
 
 
 def _name_symbols(program: ExportedProgram, names: list[str], dynamic: DynamicShapes) -> dict[Any, str]:

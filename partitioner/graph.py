@@ -49,7 +49,7 @@ class ModelGraph:
         if missing := [spec.name for spec in self.structure.inputs if spec.name not in inputs]:
             raise BadInput(f"input {missing[0]!r} is missing; the model needs {', '.join(s.name for s in self.structure.inputs)}")
         stage, program, vertices = self._whole
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: see nodes/engines/torch_graph.py
             on_step = None
             if on_vertex is not None:
 
@@ -65,8 +65,7 @@ class ModelGraph:
     def _whole(self) -> tuple[StageLayout, Program, dict[str, str]]:
         everything = {v.name: 0 for v in self.structure.vertices if v.op != "input"}
         stage = lay_out(self.structure, everything).stages[0]
-        weights = {name: weight.detach() for name, weight in self.weights.items()}
-        program = Program(self.document(stage), torch, weights)
+        program = Program(self.document(stage), torch, self.weights)
         return stage, program, {v.values[0].name: v.name for v in self.structure.vertices if v.values}
 
 
@@ -124,10 +123,11 @@ def _rename(argument: Any, renamed: Mapping[str, Any]) -> Any:
 
 def weight_spec(weight: torch.Tensor) -> WeightSpec:
     """How the weight is stored. One that is dense in another order of axes keeps its order; one with gaps is packed."""
-    order = sorted(range(weight.ndim), key=lambda axis: (-weight.stride(axis), axis))
+    strides = weight.stride()
+    order = sorted(range(weight.ndim), key=lambda axis: (-strides[axis], axis))
     if not weight.permute(order).is_contiguous():
         order = list(range(weight.ndim))
-    return WeightSpec(str(weight.dtype).removeprefix("torch."), tuple(weight.shape), tuple(order))
+    return WeightSpec(str(weight.dtype).removeprefix("torch."), tuple(weight.shape), tuple(order), weight.requires_grad)
 
 
 def used_values(operators: Iterable[Operator]) -> set[str]:

@@ -110,13 +110,13 @@ def _tokens(config: Any) -> dict[str, torch.Tensor]:
 def _pixels(config: Any) -> torch.Tensor:
     size = getattr(config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else (size[0], size[1])
-    return _noise(2, getattr(config, "num_channels", 3), height, width)
+    return _noise(2, int(getattr(config, "num_channels", 3)), height, width)
 
 
 def _features(config: Any) -> torch.Tensor:
     if hasattr(config, "max_source_positions"):  # Whisper: a fixed window, two frames per position
         return _noise(2, config.num_mel_bins, 2 * config.max_source_positions)
-    width = getattr(config, "feature_projection_input_dim", None) or getattr(config, "num_mel_bins", 80)
+    width = getattr(config, "feature_projection_input_dim", 0) or getattr(config, "num_mel_bins", 80)
     return _noise(2, 64, width)
 
 

@@ -56,7 +56,8 @@ class Layout:
         self, names: Mapping[int, str], codecs: Mapping[tuple[int | None, int | None], str] | None = None
     ) -> tuple[Transfer, ...]:
         """The flows as a plan holds them, with the stages called by name."""
-        label: dict[int | None, str] = {None: CLIENT, **names}
+        label: dict[int | None, str] = {None: CLIENT}
+        label.update(names.items())
         codecs = codecs or {}
         return tuple(
             Transfer(label[f.source], label[f.target], f.tensors, codecs.get((f.source, f.target), "raw"), f.bytes) for f in self.flows
@@ -218,7 +219,8 @@ class _Layouter:
                 ends.setdefault((source, stage.index), set()).add(value)
         for output in self.structure.outputs:
             ends.setdefault((self._owner_of(output.value).index, None), set()).add(output.value)
-        place: dict[int | None, int] = {None: -1, **self.place}
+        place: dict[int | None, int] = {None: -1}
+        place.update(self.place.items())
         last = len(place)
 
         def position(end: tuple[int | None, int | None]) -> tuple[int, int]:

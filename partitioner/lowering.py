@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from partitioner.expressions import Expression, Tree, render
 from splitnet.errors import CaptureError
-from splitnet.graph import DEVICE, Dtype, GraphDocument, Input, Layout, MemoryFormat, Operator, Ref
+from splitnet.graph import DEVICE, Dtype, GraphDocument, Input, Layout, MemoryFormat, Operator, Ref, Weight
 from splitnet.operators import is_allowed
 from splitnet.tensors import DTYPES
 
@@ -90,10 +90,10 @@ class Lowering:
         self._append(Operator(op, args, kwargs, name), name, scope)
         return Ref(name)
 
-    def alias(self, source: Ref, like: Value) -> Ref:
+    def alias(self, source: Ref | Weight, meta: Any) -> Ref:
         """The same tensor as a value of its own."""
         name = self.name(f"{source.name}_out")
-        self.result.values[name] = Value(name, like.kind, like.dtype, like.shape)
+        self._define(name, meta, name)
         self._append(Operator("aten.alias.default", (source,), {}, name), name, "")
         return Ref(name)
 
@@ -309,7 +309,8 @@ def _is_whole(node: Node) -> bool:
     start = node.args[2] if len(node.args) > 2 else None
     end = node.args[3] if len(node.args) > 3 else None
     step = node.args[4] if len(node.args) > 4 else 1
-    return start in (0, None) and (end is None or (isinstance(end, int) and end >= (1 << 63) - 1)) and step == 1 and not node.kwargs
+    to_the_end = end is None or (isinstance(end, int) and end >= (1 << 63) - 1)
+    return bool(not isinstance(start, Node) and not start and to_the_end and step == 1 and not node.kwargs)
 
 
 _FILLED: dict[str, tuple[str, Callable[[tuple[Any, ...]], tuple[Any, ...]]]] = {

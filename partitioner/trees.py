@@ -114,7 +114,7 @@ def _unique(name: str, taken: list[str]) -> str:
 
 
 def _parameter_names(module: torch.nn.Module, count: int) -> list[str]:
-    names = []
+    names: list[str] = []
     for parameter in inspect.signature(module.forward).parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
             names += [f"{parameter.name}.{i}" for i in range(count - len(names))]

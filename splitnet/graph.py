@@ -2,13 +2,14 @@
 
     {"format": 1,
      "inputs":    [{"name": "x", "kind": "tensor"}, {"name": "batch", "kind": "int"}],
-     "weights":   {"linear.weight": {"dtype": "float32", "shape": [8, 4], "order": [0, 1]}},
+     "weights":   {"linear.weight": {"dtype": "float32", "shape": [8, 4], "order": [0, 1], "grad": true}},
      "operators": [{"op": "aten.linear.default", "args": [{"ref": "x"}, {"weight": "linear.weight"}], "kwargs": {}, "out": "y"}],
      "outputs":   ["y"]}
 
 Operators are named, from an allow-list (`splitnet.operators`), and run in order. Each value is assigned once, before it is used. `out` is
 the name of the one result, or a list with a name or null for each of several. A weight is stored as it lies in memory: `order`
-lists its axes from the outermost, so that a transposed or channels-last weight comes back with the strides that it had.
+lists its axes from the outermost, so that a transposed or channels-last weight comes back with the strides that it had. `grad` says whether the weight was trainable: torch
+chooses kernels by it (matmul folds a batch for a trainable matrix), also where no gradient is taken.
 
 Arguments are null, booleans, whole numbers of 64 bits, finite numbers, strings, lists, and objects with one key:
 
@@ -40,6 +41,7 @@ GRAPH_VERSION = 1
 KINDS = ("tensor", "int", "float", "bool")
 _NAME = re.compile(r"[A-Za-z0-9_.:\-]{1,256}\Z")
 _MEMORY_FORMATS = ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
+_TRAINABLE = ("float64", "float32", "float16", "bfloat16", "complex64")
 _MAX_BYTES = 64 << 20
 _MAX_OPERATORS = 200_000
 _MAX_LIST = 65_536
@@ -97,6 +99,7 @@ class WeightSpec:
     dtype: str
     shape: tuple[int, ...]
     order: tuple[int, ...]  # axes from the outermost in memory; stored with shape [shape[a] for a in order]
+    grad: bool = False  # requires_grad of the original
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +142,9 @@ def _encode_document(document: GraphDocument) -> dict[str, Any]:
     return {
         "format": GRAPH_VERSION,
         "inputs": [{"name": i.name, "kind": i.kind} for i in document.inputs],
-        "weights": {n: {"dtype": w.dtype, "shape": list(w.shape), "order": list(w.order)} for n, w in document.weights.items()},
+        "weights": {
+            n: {"dtype": w.dtype, "shape": list(w.shape), "order": list(w.order), "grad": w.grad} for n, w in document.weights.items()
+        },
         "operators": [
             {
                 "op": o.op,
@@ -249,13 +254,15 @@ class _Reader:
         return Input(self._define(d["name"], f"{at}.name"), d["kind"])
 
     def _weight(self, d: Any, at: str) -> WeightSpec:
-        self._keys(d, at, {"dtype", "shape", "order"})
+        self._keys(d, at, {"dtype", "shape", "order", "grad"})
         shape, order = (self._list(d[key], f"{at}.{key}", _MAX_DIMENSIONS) for key in ("shape", "order"))
         if not all(type(size) is int and 0 <= size < 1 << 63 for size in shape):
             _fault(f"{at}.shape", f"expected sizes, got {shape!r:.80}")
         if not all(type(axis) is int for axis in order) or sorted(order) != list(range(len(shape))):
             _fault(f"{at}.order", f"expected the axes of the shape, each once, got {order!r:.80}")
-        return WeightSpec(self._dtype(d["dtype"], at), tuple(shape), tuple(order))
+        if not isinstance(d["grad"], bool) or (d["grad"] and d["dtype"] not in _TRAINABLE):
+            _fault(f"{at}.grad", f"expected a boolean, and false for {d['dtype']!r:.80}")
+        return WeightSpec(self._dtype(d["dtype"], at), tuple(shape), tuple(order), d["grad"])
 
     def _operator(self, d: Any, at: str) -> Operator:
         self._keys(d, at, {"op", "args", "kwargs", "out"})

@@ -46,7 +46,9 @@ class TorchGraphEngine:
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         values: list[Any] = []
-        with torch.inference_mode():
+        # no_grad, and weights that say they are trainable, as in the original: torch chooses kernels by that, and in inference mode it
+        # would not see it.
+        with torch.no_grad():
             for given in self._inputs:
                 try:
                     array = inputs[given.name]
@@ -115,4 +117,7 @@ def _restore(stored: torch.Tensor, name: str, spec: WeightSpec, path: str) -> to
             f"{path}: weight {name!r} should be {spec.dtype} {shape}, the file has {str(stored.dtype).removeprefix('torch.')} {tuple(stored.shape)}",
             remedy="cut the model again",
         )
-    return stored.clone().permute([spec.order.index(axis) for axis in range(len(shape))])
+    like = torch.empty(shape, dtype=stored.dtype, device="meta").permute([spec.order.index(axis) for axis in range(len(shape))])
+    # A tensor of its own, not a view of one: a view's views would ask the base whether it is trainable.
+    weight = torch.empty_strided(like.shape, like.stride(), dtype=stored.dtype)
+    return weight.copy_(stored.permute([spec.order.index(axis) for axis in range(len(shape))])).requires_grad_(spec.grad)
