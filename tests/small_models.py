@@ -75,11 +75,11 @@ class Fragile(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = torch.nn.Embedding(10, 8)
-        self.head = torch.nn.Linear(8, 4)
+        self.first = torch.nn.Linear(8, 8)
+        self.head = torch.nn.Linear(4, 4)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.relu(self.table(ids + 1)))
+    def forward(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.gather(torch.relu(self.first(x)), 1, index))
 
 
 def captured(module: torch.nn.Module, *example: torch.Tensor) -> ModelGraph:
@@ -108,7 +108,7 @@ def slow() -> ModelGraph:
 @functools.cache
 def fragile() -> ModelGraph:
     torch.manual_seed(3)
-    return captured(Fragile(), torch.zeros(2, dtype=torch.int64))
+    return captured(Fragile(), torch.randn(2, 8), torch.zeros(2, 4, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
