@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 from nodes.store import BlobStore
 from nodes.testing import LocalCluster
 from splitnet.channel import open_channel
+from splitnet.graph import GraphDocument, Input, Operator, Ref, Weight, WeightSpec
 from splitnet.shard import Shard, open_shard, write_shard
 from splitnet.shipping import shard_blobs, ship
 from splitnet.tensors import TensorSpec
@@ -70,16 +71,12 @@ def make_shard(directory: Path, weights: int) -> Shard:
     rng = np.random.default_rng(0)
     tensors = {f"w{i}": rng.standard_normal((_SIDE, _SIDE), dtype=np.float32) for i in range(weights)}
     save_file(tensors, directory / "weights.safetensors")
-    graph = {
-        "format": 1,
-        "inputs": [{"name": "v0", "kind": "tensor"}],
-        "weights": {name: {"dtype": "float32", "shape": [_SIDE, _SIDE], "order": [0, 1]} for name in tensors},
-        "operators": [
-            {"op": "aten.linear.default", "args": [{"ref": f"v{i}"}, {"weight": f"w{i}"}], "kwargs": {}, "out": f"v{i + 1}"}
-            for i in range(weights)
-        ],
-        "outputs": [f"v{weights}"],
-    }
+    graph = GraphDocument(
+        inputs=(Input("v0", "tensor"),),
+        weights={name: WeightSpec("float32", (_SIDE, _SIDE), (0, 1)) for name in tensors},
+        operators=tuple(Operator("aten.linear.default", (Ref(f"v{i}"), Weight(f"w{i}")), {}, f"v{i + 1}") for i in range(weights)),
+        outputs=(f"v{weights}",),
+    )
     return write_shard(
         directory,
         model="bench",
@@ -88,7 +85,7 @@ def make_shard(directory: Path, weights: int) -> Shard:
         engine="torch-graph",
         inputs=[TensorSpec("v0", "float32", ("batch", _SIDE))],
         outputs=[TensorSpec(f"v{weights}", "float32", ("batch", _SIDE))],
-        members={"graph.json": json.dumps(graph).encode(), "weights.safetensors": directory / "weights.safetensors"},
+        members={"graph.json": graph.to_bytes(), "weights.safetensors": directory / "weights.safetensors"},
         param_bytes=sum(t.nbytes for t in tensors.values()),
         activation_bytes=8 * _SIDE,
     )

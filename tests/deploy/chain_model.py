@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from splitnet import Cluster, NodeRef, OutputSpec, Plan, Shard, StageSpec, TensorSpec, Transfer
+from splitnet.graph import GraphDocument, Input, Operator, Ref, Weight, WeightSpec
 from splitnet.shard import write_shard
 
 WIDTH = 64
@@ -23,18 +23,13 @@ def weight(stage: int, seed: int, rows: int) -> np.ndarray:
 
 def graph(stage: int, rows: int) -> bytes:
     """y = (x w^T) w, so that the weight may be as large as a test likes while x and y stay small."""
-    return json.dumps(
-        {
-            "format": 1,
-            "inputs": [{"name": f"v{stage}", "kind": "tensor"}],
-            "weights": {"w": {"dtype": "float32", "shape": [rows, WIDTH], "order": [0, 1]}},
-            "operators": [
-                {"op": "aten.linear.default", "args": [{"ref": f"v{stage}"}, {"weight": "w"}], "kwargs": {}, "out": "h"},
-                {"op": "aten.matmul.default", "args": [{"ref": "h"}, {"weight": "w"}], "kwargs": {}, "out": f"v{stage + 1}"},
-            ],
-            "outputs": [f"v{stage + 1}"],
-        }
-    ).encode()
+    x, y, w = f"v{stage}", f"v{stage + 1}", Weight("w")
+    return GraphDocument(
+        inputs=(Input(x, "tensor"),),
+        weights={"w": WeightSpec("float32", (rows, WIDTH), (0, 1))},
+        operators=(Operator("aten.linear.default", (Ref(x), w), {}, "h"), Operator("aten.matmul.default", (Ref("h"), w), {}, y)),
+        outputs=(y,),
+    ).to_bytes()
 
 
 def expected(x: np.ndarray, *, stages: int = 3, seed: int = 0, rows: int = 96) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from splitnet.graph import GraphDocument, Input, Operator, Ref, Weight, WeightSpec
 from splitnet.shard import Shard, write_shard
 from splitnet.tensors import TensorSpec
 
-GRAPH = {
-    "format": 1,
-    "inputs": [{"name": "x", "kind": "tensor"}],
-    "weights": {"w": {"dtype": "float32", "shape": [3, 4], "order": [0, 1]}},
-    "operators": [{"op": "aten.linear.default", "args": [{"ref": "x"}, {"weight": "w"}], "kwargs": {}, "out": "y"}],
-    "outputs": ["y"],
-}
+GRAPH = GraphDocument(
+    inputs=(Input("x", "tensor"),),
+    weights={"w": WeightSpec("float32", (3, 4), (0, 1))},
+    operators=(Operator("aten.linear.default", (Ref("x"), Weight("w")), {}, "y"),),
+    outputs=("y",),
+)
 
 
 @pytest.fixture
@@ -36,7 +35,7 @@ def make_shard(tmp_path: Path) -> Callable[..., Shard]:
             "inputs": [TensorSpec("x", "float32", ("batch", 4))],
             "outputs": [TensorSpec("y", "float32", ("batch", 3))],
             "members": {
-                "graph.json": json.dumps(GRAPH).encode(),
+                "graph.json": GRAPH.to_bytes(),
                 "weights.safetensors": save({"w": np.arange(12, dtype=np.float32).reshape(3, 4)}),
             },
             "param_bytes": 48,

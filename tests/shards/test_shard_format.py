@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from safetensors.numpy import save, save_file
 
 from splitnet.errors import AlreadyExists, BadInput, BadShard
+from splitnet.graph import GraphDocument, Input, Operator, Ref
 from splitnet.shard import MANIFEST, Manifest, Shard, ShardLimits, open_shard, pack, read_header, unpack
 
 
@@ -52,8 +52,8 @@ def test_weights_may_already_stand_at_their_place(make_shard: Callable[..., Shar
 
 
 def test_a_stage_without_weights_needs_no_weights_file(make_shard: Callable[..., Shard]) -> None:
-    graph = {"format": 1, "inputs": [{"name": "x", "kind": "tensor"}], "weights": {}, "operators": [], "outputs": ["x"]}
-    shard = make_shard(members={"graph.json": json.dumps(graph).encode()}, param_bytes=0)
+    graph = GraphDocument((Input("x", "tensor"),), {}, (Operator("aten.relu.default", (Ref("x"),), {}, "y"),), ("y",))
+    shard = make_shard(members={"graph.json": graph.to_bytes()}, param_bytes=0)
     assert open_shard(shard.path).weights == ()
 
 
