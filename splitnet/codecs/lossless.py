@@ -22,7 +22,7 @@ class ShuffleZstd:
 
     def encode(self, chunk: np.ndarray) -> Buffer:
         planes = chunk.view(np.uint8).reshape(-1, chunk.itemsize).T
-        return zstandard.ZstdCompressor(level=_LEVEL).compress(np.ascontiguousarray(planes))
+        return zstandard.ZstdCompressor(level=_LEVEL).compress(np.ascontiguousarray(planes).data)
 
     def decode(self, payload: memoryview, out: np.ndarray) -> None:
         try:
