@@ -27,6 +27,7 @@ def demo(ctx: click.Context, model: Path | None, as_json: bool) -> None:
     from partitioner.demo.story import run
     from partitioner.demo.text import find_minilm
 
+    _quiet_transformers()
     with tempfile.TemporaryDirectory(prefix="splitnet-demo-") as folder:
         report = run(model or find_minilm(), Path(folder), lambda line: click.echo(line, err=as_json))
     if as_json:
@@ -34,3 +35,12 @@ def demo(ctx: click.Context, model: Path | None, as_json: bool) -> None:
     if not report.ok:
         click.echo("The answers differ.", err=True)
         ctx.exit(1)
+
+
+def _quiet_transformers() -> None:
+    """Its progress bars would stand between the lines of the story."""
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        return  # the task that needs it says so
+    logging.disable_progress_bar()

@@ -45,7 +45,7 @@ class Served:
         splitnet.undeploy(self.plan, self.name)
 
 
-def serve(model: ModelGraph, cluster: Cluster, *, name: str, stages: int, folder: Path, profile: object) -> Served:
+def serve(model: ModelGraph, cluster: Cluster, *, name: str, stages: int, folder: Path, profile: partitioner.Profile) -> Served:
     """Plans the model over the cluster in that many stages, cuts it, and deploys it."""
     plan = partitioner.plan(profile, cluster, objective="throughput", stages=stages)
     shards = partitioner.cut(model, plan, folder / name)

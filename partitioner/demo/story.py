@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from partitioner.bandwidth import probe
 
 import partitioner
+from partitioner.bandwidth import probe
 from partitioner.demo.boxes import running_nodes
 from partitioner.demo.digits import load_digits, train
 from partitioner.demo.serving import Batches, Measured, Served, compare, only, serve
 from partitioner.demo.text import TextTask
+from partitioner.resizing import at_sizes
 from splitnet.cluster import Cluster
 
 if TYPE_CHECKING:
@@ -65,6 +67,11 @@ def run(minilm: Path, folder: Path, say: Say) -> Report:
     with running_nodes(_NODES) as addresses:
         for name, address in addresses.items():
             say(f"  node {name}  {address}")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if cores <= len(addresses):
+            say(
+                f"  They share {cores} cores with the client: what is predicted below for machines of their own is more than can be seen here."
+            )
         say("Measuring the nodes and the links between them")
         cluster = probe(list(addresses.values()))
         for link in cluster.links:
@@ -78,7 +85,7 @@ def _search(minilm: Path, cluster: Cluster, folder: Path, say: Say) -> TaskRepor
     paragraphs = list(task.batches(task.paragraphs))
     questions = list(task.batches([question.text for question in task.questions]))
     batches = [*paragraphs, *questions]
-    model = partitioner.load_model(f"hf:{minilm}")
+    model = at_sizes(partitioner.load_model(f"hf:{minilm}"), {"batch": _TEXT_BATCH, "sequence": task.tokens})
     eager = _in_torch(minilm, batches)
     with _split_and_whole(model, cluster, folder, "minilm", say) as (split, whole):
         answers, measured = compare(split, batches, cluster)

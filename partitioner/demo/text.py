@@ -56,12 +56,12 @@ class TextTask:
         self.questions = [Question(q["question"], q["paragraph"]) for q in json.loads((data / "questions.json").read_text())]
         self.batch = batch
         self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
-        self._tokens = int(self._encode(self.paragraphs)["input_ids"].shape[1])
+        self.tokens = int(self._encode(self.paragraphs)["input_ids"].shape[1])  #: of the longest paragraph: what all are padded to
 
     def batches(self, texts: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
         """input_ids and attention_mask, int64 of (at most `batch`, length of the longest paragraph)."""
         for first in range(0, len(texts), self.batch):
-            yield self._encode(texts[first : first + self.batch], self._tokens)
+            yield self._encode(texts[first : first + self.batch], self.tokens)
 
     def embed(self, inputs: Sequence[dict[str, np.ndarray]], outputs: Sequence[dict[str, np.ndarray]]) -> np.ndarray:
         """Unit vectors, float32 of (texts, 384)."""
