@@ -67,6 +67,7 @@ def node(
       splitnet node --listen 0.0.0.0:7001 --insecure --name attic --memory 2GiB
     """
     import asyncio
+    import os
 
     from nodes.config import NodeConfig, parse_bytes
     from nodes.logs import get_log, set_up_logs
@@ -88,4 +89,5 @@ def node(
         **{option: value for option, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
     set_up_logs(config.log_level, config.log_json)
-    asyncio.run(serve(config, get_log(config.name)))
+    if not asyncio.run(serve(config, get_log(config.name))):
+        os._exit(0)  # all is said and closed, and a thread of torch that outlives the interpreter would abort the process

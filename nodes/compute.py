@@ -19,6 +19,7 @@ class ComputeThread:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._stopped = False
         self._thread = threading.Thread(target=self._work, name="splitnet-compute", daemon=True)
         self._thread.start()
 
@@ -58,10 +59,16 @@ class ComputeThread:
                 raise
 
     def stop(self) -> None:
-        """Lets the thread end after the jobs that are there. Does not wait: an operator cannot be interrupted."""
+        """Lets the thread end after the job that it is at. Does not wait: an operator cannot be interrupted."""
+        self._stopped = True
         self._jobs.put(None)
 
+    def join(self, timeout_s: float) -> bool:
+        """After `stop`: whether the thread has ended within that time."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._jobs.get()) is not None and not self._stopped:
             job()
             del job  # a job holds tensors

@@ -102,6 +102,10 @@ class NodeServer:
         await self.abandon()
         self._log.info("stopped")
 
+    def has_ended(self, timeout_s: float = _LAST_BYTES_S) -> bool:
+        """After `stop`: whether no thread is left, so that the process can end in the ordinary way."""
+        return self._compute.join(timeout_s)
+
     async def abandon(self) -> None:
         """Lets go of everything, and tells nobody."""
         await self._links.close()
@@ -110,8 +114,9 @@ class NodeServer:
         self._pool.shutdown(wait=False)
 
 
-async def serve(config: NodeConfig, log: Log) -> None:
-    """Until SIGTERM or SIGINT: then drains and stops. A second signal stops at once."""
+async def serve(config: NodeConfig, log: Log) -> bool:
+    """Until SIGTERM or SIGINT: then drains and stops. A second signal stops at once. False when the compute thread is still inside an
+    operator, which nothing can interrupt."""
     server = NodeServer(config, log)
     await server.start()
     signals: asyncio.Queue[int] = asyncio.Queue()
@@ -128,6 +133,7 @@ async def serve(config: NodeConfig, log: Log) -> None:
         task.cancel()
     await asyncio.gather(draining, second, return_exceptions=True)
     await server.stop()
+    return server.has_ended()
 
 
 def _announce(path: Path, address: str) -> None:

@@ -99,14 +99,14 @@ class LocalCluster:
         return Cluster(nodes, links)
 
     def config(self, name: str) -> NodeConfig:
-        return NodeConfig(
-            listen="127.0.0.1:0",
-            name=name,
-            memory_bytes=self._limits[name],
-            threads=self._threads,
-            data_dir=self._directory / name,
-            **self._options,
-        )
+        own = {
+            "listen": "127.0.0.1:0",
+            "name": name,
+            "memory_bytes": self._limits[name],
+            "threads": self._threads,
+            "data_dir": self._directory / name,
+        }
+        return NodeConfig(**{**own, **self._options})
 
     def pid(self, name: str) -> int:
         return self._process(name).pid
@@ -216,6 +216,7 @@ class _InProcess(_Node):
         if self._running:
             self._loop.run(self.server.stop())
             self._running = False
+        self.server.has_ended(_STOP_S)  # else torch's thread may outlive the interpreter
 
 
 class _OwnProcess(_Node):

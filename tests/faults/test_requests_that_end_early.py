@@ -39,7 +39,7 @@ def heavy(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Sp
 
 async def computing(cluster: LocalCluster, requests: int = 1) -> None:
     """Returns when that many requests are at the second stage's node."""
-    while len(cluster.server("b").pipeline.requests) < requests:
+    while len(cluster.server("b").pipeline.requests) < requests:  # noqa: ASYNC110 # it lives in another thread
         await asyncio.sleep(0.005)
 
 
@@ -142,7 +142,13 @@ async def test_a_failing_request_names_its_place_and_disturbs_no_other(cluster: 
             assert isinstance(answer, dict)
             assert np.array_equal(answer["output"], cut.whole(good)["output"])
     at_rest(cluster)
-    counted = {stage.name: (stage.requests, stage.failures) for n in status(cluster.cluster()) for d in n.deployments if d.name == "fragile" for stage in d.stages}
+    counted = {
+        stage.name: (stage.requests, stage.failures)
+        for n in status(cluster.cluster())
+        for d in n.deployments
+        if d.name == "fragile"
+        for stage in d.stages
+    }
     assert counted == {"stage0": (8, 0), "stage1": (8, 4), "stage2": (4, 0)}
     undeploy(cut.plan, "fragile")
 
@@ -186,7 +192,7 @@ async def test_an_idle_node_that_went_away_fails_requests_at_once(tmp_path: Path
             assert "start the node 'c' again" in caught.value.remedy
             assert await two.infer(beside.inputs())
             await asyncio.to_thread(nodes.restart, "c")
-            with pytest.raises((NotFound, NodeUnavailable), match="does not serve|is gone"):
+            with pytest.raises((NotFound, NodeUnavailable), match=r"does not serve|is gone"):
                 await one.infer(through.inputs())  # it is back, without the deployment
             await asyncio.to_thread(deploy, through.plan, through.shards, name="through")
             answer = await one.infer(through.inputs())

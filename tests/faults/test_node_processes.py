@@ -1,0 +1,230 @@
+"""Nodes as processes of their own: started wrongly, asked to stop, killed in the middle of a request."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from small_models import Split, diamond, slow, split, stages_by
+
+import splitnet
+from nodes.testing import LocalCluster
+from partitioner.graph import ModelGraph
+from splitnet.errors import NodeUnavailable, SplitnetError
+from splitnet.install import deploy, status
+
+HEAVY = 4000  # rows; some 0.4 s of computing in the second stage
+PATIENCE_S = 20.0
+
+
+@pytest.fixture
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(3, processes=True) as nodes:
+        yield nodes
+
+
+def middle(model: ModelGraph) -> str:
+    """All operators but the first two and the last."""
+    return " ".join(v.name for v in model.structure.vertices[3:-1])
+
+
+def served_slowly(cluster: LocalCluster, folder: Path) -> Split:
+    cut = split(slow(), cluster.cluster(), folder, stages_by(a="linear relu", b=middle(slow()), c="*"))
+    deploy(cut.plan, cut.shards, name="slow")
+    return cut
+
+
+async def in_flight(cluster: LocalCluster, node: str) -> None:
+    """Returns when a request has arrived at that node."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        (found,) = [n for n in await asyncio.to_thread(status, cluster.cluster()) if n.name == node]
+        if any(d.in_flight for d in found.deployments):
+            return
+    raise AssertionError(f"nothing arrived at {node!r}")
+
+
+@pytest.mark.parametrize("killed", ["b", "c"])
+async def test_a_node_killed_midway_fails_its_requests_at_once_and_by_name(cluster: LocalCluster, tmp_path: Path, killed: str) -> None:
+    cut = await asyncio.to_thread(served_slowly, cluster, tmp_path / "slow")
+    beside = split(diamond(), cluster.cluster(), tmp_path / "beside", stages_by(a="*"))
+    await asyncio.to_thread(deploy, beside.plan, beside.shards, name="beside")
+    async with splitnet.AsyncClient(cut.address, "slow") as client, splitnet.AsyncClient(beside.address, "beside") as other:
+        asked = [asyncio.create_task(client.infer(cut.inputs(HEAVY))) for _ in range(3)]
+        await in_flight(cluster, "b")
+        cluster.kill(killed)
+        started = time.monotonic()
+        failures = await asyncio.gather(*asked, return_exceptions=True)
+        assert time.monotonic() - started < 1.0
+        for failure in failures:
+            assert isinstance(failure, NodeUnavailable), failure
+            assert failure.node == killed
+            assert failure.stage == {"b": "stage1", "c": "stage2"}[killed]
+            assert cluster.addresses[killed] in failure.message
+            assert "start the node" in failure.remedy
+        assert (await other.infer(beside.inputs()))["early"].shape == (2, 16)
+        await asyncio.to_thread(cluster.restart, killed)
+        await asyncio.to_thread(deploy, cut.plan, cut.shards, name="slow")
+        small = cut.inputs(2)
+        assert np.array_equal((await client.infer(small))["output"], cut.whole(small)["output"])
+
+
+async def test_when_the_ingress_is_killed_the_client_hears_of_it_and_the_others_let_go(cluster: LocalCluster, tmp_path: Path) -> None:
+    cut = await asyncio.to_thread(served_slowly, cluster, tmp_path)
+    async with splitnet.AsyncClient(cut.address, "slow") as client:
+        asked = asyncio.create_task(client.infer(cut.inputs(HEAVY)))
+        await in_flight(cluster, "b")
+        cluster.kill("a")
+        with pytest.raises(NodeUnavailable):
+            await asked
+    deadline = time.monotonic() + 2.0
+    while True:
+        rest = [n for n in await asyncio.to_thread(status, cluster.cluster()) if n.name in "bc"]
+        if not any(d.in_flight for n in rest for d in n.deployments):
+            break
+        assert time.monotonic() < deadline, rest
+
+
+async def test_sigterm_finishes_what_is_in_flight_and_takes_nothing_new(cluster: LocalCluster, tmp_path: Path) -> None:
+    cut = await asyncio.to_thread(served_slowly, cluster, tmp_path)
+    async with splitnet.AsyncClient(cut.address, "slow") as client:
+        given = cut.inputs(HEAVY)
+        asked = asyncio.create_task(client.infer(given))
+        await in_flight(cluster, "b")
+        cluster.terminate("a")
+        with pytest.raises(NodeUnavailable, match="being stopped"):
+            while True:  # the signal takes a moment to arrive
+                await client.infer(cut.inputs(1))
+        answer = await asked
+        assert np.array_equal(answer["output"], cut.whole(given)["output"])
+        assert await asyncio.to_thread(cluster.wait_stopped, "a") == 0
+    assert '"draining"' in cluster.log("a")
+    assert '"stopped"' in cluster.log("a")
+    assert "Traceback" not in cluster.log("a")
+
+
+async def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
+    with LocalCluster(1, processes=True, drain_s=60.0) as nodes:
+        cut = split(slow(), nodes.cluster(), tmp_path, stages_by(a="*"))
+        await asyncio.to_thread(deploy, cut.plan, cut.shards, name="slow")
+        async with splitnet.AsyncClient(cut.address, "slow") as client:
+            asked = asyncio.create_task(client.infer(cut.inputs(10 * HEAVY)))
+            await in_flight(nodes, "a")
+            nodes.terminate("a")
+            await asyncio.sleep(0.3)
+            nodes.terminate("a")
+            with pytest.raises(NodeUnavailable, match="stopped"):
+                await asked
+        assert await asyncio.to_thread(nodes.wait_stopped, "a") == 0
+
+
+def start(*flags: str) -> subprocess.CompletedProcess[str]:
+    """`splitnet node` with flags that must not let it start."""
+    return subprocess.run([sys.executable, "-m", "nodes", *flags], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        ended = start("--listen", address, "--data", str(tmp_path))
+    assert ended.returncode == 2
+    assert f"cannot listen on {address}" in ended.stderr
+    assert "--listen" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "192.0.2.7:7001", "attic.example:7001"])
+def test_plaintext_on_an_open_address_is_refused(address: str) -> None:
+    ended = start("--listen", address)
+    assert ended.returncode == 2
+    assert "neither encrypted nor authenticated" in ended.stderr
+    assert "--insecure" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--listen", "7001"), "is not HOST:PORT"),
+        (("--listen", "127.0.0.1:99999"), "port 99999 does not exist"),
+        (("--memory", "lots"), "'lots' is not a size"),
+        (("--name", "../x"), "--name '../x'"),
+        (("--threads", "0"), "--threads"),
+    ],
+)
+def test_wrong_flags(flags: tuple[str, ...], message: str) -> None:
+    ended = start(*flags)
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_an_open_address_on_demand_is_shown_as_such(tmp_path: Path) -> None:
+    announced = tmp_path / "address"
+    command = [
+        sys.executable,
+        "-m",
+        "nodes",
+        "--listen",
+        "0.0.0.0:0",
+        "--insecure",
+        "--announce",
+        str(announced),
+        "--data",
+        str(tmp_path / "data"),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        while not announced.exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        host, port = announced.read_text().strip().rsplit(":", 1)
+        assert host == "0.0.0.0"
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            described = splitnet.rpc.v1.node_pb2_grpc.NodeStub(channel).Describe(splitnet.rpc.v1.node_pb2.DescribeRequest())
+        assert described.insecure
+        process.send_signal(signal.SIGINT)
+        _, log = process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0
+    assert "open to the network" in log
+    assert os.stat(tmp_path / "data").st_mode & 0o077 == 0
+
+
+def test_health_and_reflection_are_served(cluster: LocalCluster) -> None:
+    address = cluster.addresses["a"]
+    with grpc.insecure_channel(address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for service in ("", "splitnet.rpc.v1.Node"):
+            assert health.Check(health_pb2.HealthCheckRequest(service=service), timeout=5).status == health_pb2.HealthCheckResponse.SERVING
+        found = ProtoReflectionDescriptorDatabase(channel)
+        assert "splitnet.rpc.v1.Node" in found.get_services()
+        assert "Describe" in str(found.FindFileContainingSymbol("splitnet.rpc.v1.Node"))
+        watched = health.Watch(health_pb2.HealthCheckRequest(service=""), timeout=PATIENCE_S)
+        assert next(watched).status == health_pb2.HealthCheckResponse.SERVING
+        threading.Timer(0.1, cluster.terminate, ("a",)).start()
+        assert next(watched).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        watched.cancel()
+    assert cluster.wait_stopped("a") == 0
+
+
+def test_a_node_that_cannot_start_says_why(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SplitnetError, match="data directory"), LocalCluster(1, processes=True, data_dir=tmp_path / "file" / "data"):
+        pass
