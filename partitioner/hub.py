@@ -25,6 +25,8 @@ def load_pretrained(source: str, spec: str) -> ModelGraph:
     if folder.exists() and not (folder / "config.json").is_file():
         raise BadModel(f"{spec}: {folder} has no config.json", remedy=_REMEDY)
     where = str(folder) if folder.exists() else source
+    progress = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()  # ours is the caller's to draw
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the library's own, about its future
         try:
@@ -33,6 +35,9 @@ def load_pretrained(source: str, spec: str) -> ModelGraph:
         except (OSError, ValueError, KeyError, ImportError) as error:
             text = (str(error).strip().splitlines() or [""])[0]
             raise BadModel(f"{spec}: cannot load it: {type(error).__name__}: {text[:300]}", remedy=_REMEDY) from error
+        finally:
+            if progress:
+                transformers.logging.enable_progress_bar()
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # a cache is no answer
     example = example_inputs(model)
