@@ -79,6 +79,8 @@ class Structure:
                 seen.add(spec.name)
         if len({vertex.name for vertex in self.vertices}) != len(self.vertices):
             raise BadModel("two vertices have the same name")
+        if self.inputs != tuple(spec for vertex in self.vertices if vertex.op == "input" for spec in vertex.values):
+            raise BadModel("the model inputs are not its input vertices, in order")
         for output in self.outputs:
             if output.value not in seen:
                 raise BadModel(f"output {output.spec.name!r} is the value {output.value!r}, which no vertex produces")
