@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import warnings
 from collections.abc import Mapping
@@ -40,7 +41,8 @@ def capture(module: torch.nn.Module, example_inputs: Any, *, name: str = "", dyn
     """
     inputs = InputTree(module, example_inputs)
     training = [m for m in module.modules() if m.training]
-    module.eval()
+    with contextlib.suppress(NotImplementedError):  # what torch.export made has no modes
+        module.eval()
     try:
         outputs = _run_eagerly(module, inputs)
         return _capture(module, inputs, outputs, name or type(module).__name__, dynamic_shapes or {})

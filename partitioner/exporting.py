@@ -37,7 +37,7 @@ class _Flat(torch.nn.Module):
         super().__init__()
         self.module = module
         self._fill = inputs.fill
-        self.train(module.training)
+        self.training = module.training
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, kwargs = self._fill(tensors)

@@ -260,9 +260,10 @@ class _Reader:
             _fault(f"{at}.shape", f"expected sizes, got {shape!r:.80}")
         if not all(type(axis) is int for axis in order) or sorted(order) != list(range(len(shape))):
             _fault(f"{at}.order", f"expected the axes of the shape, each once, got {order!r:.80}")
-        if not isinstance(d["grad"], bool) or (d["grad"] and d["dtype"] not in _TRAINABLE):
-            _fault(f"{at}.grad", f"expected a boolean, and false for {d['dtype']!r:.80}")
-        return WeightSpec(self._dtype(d["dtype"], at), tuple(shape), tuple(order), d["grad"])
+        dtype = self._dtype(d["dtype"], at)
+        if not isinstance(d["grad"], bool) or (d["grad"] and dtype not in _TRAINABLE):
+            _fault(f"{at}.grad", f"expected a boolean, and false for {dtype}")
+        return WeightSpec(dtype, tuple(shape), tuple(order), d["grad"])
 
     def _operator(self, d: Any, at: str) -> Operator:
         self._keys(d, at, {"op", "args", "kwargs", "out"})

@@ -96,7 +96,7 @@ ARCHITECTURES: dict[str, tuple[Callable[[], Any], Inputs]] = {
     "qwen2": (lambda: tf.Qwen2Model(tf.Qwen2Config(**_DECODER)), tokens),
     "qwen3": (lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**_DECODER, head_dim=8, tie_word_embeddings=True)), tokens),
     # audio
-    "whisper_encoder": (
+    "whisper": (
         lambda: tf.WhisperModel(
             tf.WhisperConfig(
                 vocab_size=99, num_mel_bins=8, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,

@@ -22,7 +22,9 @@ def value(name: str, *shape: int | str) -> TensorSpec:
     return TensorSpec(name, "float32", shape or ("batch", 4))
 
 
-def structure(*vertices: Vertex, outputs: tuple[str, ...], sizes: dict[str, str] | None = None, params: dict[str, int] | None = None) -> Structure:
+def structure(
+    *vertices: Vertex, outputs: tuple[str, ...], sizes: dict[str, str] | None = None, params: dict[str, int] | None = None
+) -> Structure:
     specs = {spec.name: spec for v in vertices for spec in v.values}
     return Structure(
         name="model", sha256="0" * 64, batch=2, vertices=vertices, inputs=tuple(v.values[0] for v in vertices if v.op == "input"),
@@ -31,7 +33,9 @@ def structure(*vertices: Vertex, outputs: tuple[str, ...], sizes: dict[str, str]
     )  # fmt: skip
 
 
-def vertex(name: str, *inputs: str, size: int = 8, cheap: bool = False, op: str = "aten.relu.default", shape: tuple[int | str, ...] = ()) -> Vertex:
+def vertex(
+    name: str, *inputs: str, size: int = 8, cheap: bool = False, op: str = "aten.relu.default", shape: tuple[int | str, ...] = ()
+) -> Vertex:
     return Vertex(name, op, (value(name, *shape),), inputs, value_bytes=(size,), cheap=cheap)
 
 
@@ -192,7 +196,10 @@ def test_crossing_bytes_are_those_of_the_layout(seed: int) -> None:
     for cut in range(len(model.vertices)):
         layout = lay_out(model, {v.name: int(at >= cut) for at, v in enumerate(model.vertices) if v.op != "input"})
         behind = {s.index: sum(model.value_bytes[i.name] for i in s.inputs) for s in layout.stages}.get(1, 0)
-        triggered = any(s.index == 1 and not any(i.name in v.inputs for i in s.inputs for v in model.vertices if v.name in s.executed) for s in layout.stages)
+        triggered = any(
+            s.index == 1 and not any(i.name in v.inputs for i in s.inputs for v in model.vertices if v.name in s.executed)
+            for s in layout.stages
+        )
         if not triggered:
             assert crossing[cut] == behind
 
