@@ -2,40 +2,99 @@
 
 The model, for one request of the profile's batch:
 
-- A stage computes for `seconds` on its node. It starts when all that it waits for has arrived and its node is free: a node runs
-  one stage at a time, in the plan's order.
-- A transfer from node a to node b takes latency + bytes / bandwidth of the link a -> b, and keeps the link busy for
-  bytes / bandwidth: propagation overlaps, transmission does not. Within one node it takes no time, and neither does a transfer
-  of no bytes. Links do not disturb each other. What a transfer costs the processors at its ends is not charged here; it is part of the
-  latency that a probe measures.
+- A stage computes for `seconds` on its node, and the node spends `Overhead.stage_s` on handing it over. It starts when all that it
+  waits for has arrived and was decoded, and its node is free: a node runs one stage at a time, in the plan's order.
+- A transfer from node a to node b is encoded on a, takes latency + encoded bytes / bandwidth of the link a -> b, and is decoded on b. It
+  keeps the link busy for encoded bytes / bandwidth: propagation overlaps, transmission does not. Encoding and decoding take the
+  processor's time at the codec's speed (`CodecFigures`), and each tensor `Overhead.message_s` at either end. Within one node a
+  transfer takes no time, and neither does one of no bytes. Links do not disturb each other.
 - The client stands at the ingress, the first stage's node: model inputs leave from there at time 0, and outputs come back to
-  there (a ring). The way between client and ingress is the client's, and not part of a plan.
-- latency: from time 0 until the last output is back at the ingress, with no other request around.
+  there (a ring). The way between client and ingress is the client's, and not part of a plan; what the ingress spends on it is
+  `Overhead.request_s`.
+- latency: from time 0 until the last output is back at the ingress, with no other request around. Several transfers of one stage are
+  encoded, and several to one stage decoded, at the same time.
 - throughput: 1 / bottleneck; computing and transferring of different requests overlap, so the bottleneck is the busiest
-  node (its stages' seconds added up) or the busiest link.
+  node (its stages, encoding, decoding and overheads added up) or the busiest link.
 - memory of a node: for each of its stages parameters + activations + `BUFFERED_REQUESTS` times what one request delivers to it
-  from other stages or from the client.
+  from other stages or from the client, decoded.
+- error of a plan: the sum of the errors of its transfers' codecs; a transfer's is the largest of its tensors'.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from splitnet.cluster import Link
-from splitnet.errors import NoPlan
+from splitnet.errors import BadInput, NoPlan
 from splitnet.plan import CLIENT, StageSpec, Transfer
 
-__all__ = ["BUFFERED_REQUESTS", "Cost", "evaluate", "stage_memory_bytes"]
+__all__ = ["BUFFERED_REQUESTS", "NO_OVERHEAD", "RAW", "CodecFigures", "Cost", "Overhead", "evaluate", "stage_memory_bytes"]
 
 BUFFERED_REQUESTS = 2  #: requests whose inputs a stage holds at the least: the one that computes, the one that arrives meanwhile
 _SHORTEST_S = 1e-9  # keeps the throughput of a plan that costs nothing finite
 
 
 @dataclass(frozen=True)
+class CodecFigures:
+    """What a codec does to activations: `ratio` is bytes before / bytes after; the speeds are bytes before per second of a
+    processor's time, one figure for all nodes or one per node by name; `error` is the loss that the caller allots to one
+    transfer, one figure or one per operator whose result is sent. Raises BadInput for a figure that cannot be."""
+
+    ratio: float = 1.0
+    encode_bytes_per_s: float | Mapping[str, float] = math.inf
+    decode_bytes_per_s: float | Mapping[str, float] = math.inf
+    error: float | Mapping[str, float] = 0.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.ratio < math.inf):
+            raise BadInput(f"a codec's ratio must be positive and finite, got {self.ratio}")
+        for what, figure in (("encode_bytes_per_s", self.encode_bytes_per_s), ("decode_bytes_per_s", self.decode_bytes_per_s)):
+            for speed in figure.values() if isinstance(figure, Mapping) else (figure,):
+                if not speed > 0:
+                    raise BadInput(f"a codec's {what} must be positive, got {speed}")
+        for error in self.error.values() if isinstance(self.error, Mapping) else (self.error,):
+            if not 0 <= error < math.inf:
+                raise BadInput(f"a codec's error must be finite and not negative, got {error}")
+
+    def encode_s(self, size_bytes: float, node: str) -> float:
+        return size_bytes / self._of(self.encode_bytes_per_s, node, "node")
+
+    def decode_s(self, size_bytes: float, node: str) -> float:
+        return size_bytes / self._of(self.decode_bytes_per_s, node, "node")
+
+    def error_of(self, operator: str) -> float:
+        return self._of(self.error, operator, "operator")
+
+    @staticmethod
+    def _of(figure: float | Mapping[str, float], name: str, what: str) -> float:
+        if not isinstance(figure, Mapping):
+            return figure
+        if name not in figure:
+            raise BadInput(f"a codec has no figure for {what} {name!r}", remedy="give one number for all, or one for each")
+        return figure[name]
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """What a node spends besides computing: on each run of a stage, on each tensor that it sends or takes over a link, and, as the
+    ingress, on each request."""
+
+    stage_s: float = 0.0
+    message_s: float = 0.0
+    request_s: float = 0.0
+
+
+RAW: Mapping[str, CodecFigures] = {"raw": CodecFigures()}  #: what is assumed where no codec's figures are given: it costs nothing
+NO_OVERHEAD = Overhead()
+
+
+@dataclass(frozen=True)
 class Cost:
-    """`node_seconds` and `link_seconds` say how long one request keeps each busy; links are keyed (source, target)."""
+    """`node_seconds` and `link_seconds` say how long one request keeps each busy; links are keyed (source, target), and `link_bytes` are
+    before the codec, `sent_bytes` after it."""
 
     latency_s: float
     bottleneck_s: float
@@ -43,7 +102,9 @@ class Cost:
     node_seconds: Mapping[str, float]
     link_seconds: Mapping[tuple[str, str], float]
     link_bytes: Mapping[tuple[str, str], int]
+    sent_bytes: Mapping[tuple[str, str], float]
     memory_bytes: Mapping[str, int]
+    error: float = 0.0
 
     @property
     def throughput_per_s(self) -> float:
@@ -59,50 +120,74 @@ def stage_memory_bytes(param_bytes: int, activation_bytes: int, received_bytes: 
     return param_bytes + activation_bytes + BUFFERED_REQUESTS * received_bytes
 
 
-def evaluate(stages: Sequence[StageSpec], transfers: Sequence[Transfer], links: Mapping[tuple[str, str], Link]) -> Cost:
+def evaluate(
+    stages: Sequence[StageSpec],
+    transfers: Sequence[Transfer],
+    links: Mapping[tuple[str, str], Link],
+    codecs: Mapping[str, CodecFigures] = RAW,
+    overheads: Mapping[str, Overhead] | None = None,
+    producers: Mapping[str, str] | None = None,
+) -> Cost:
     """The cost of `stages` (in a topological order, on the nodes that they name) and the transfers between them.
 
-    Raises NoPlan where a transfer has no link to go over.
+    `overheads` are by node. `producers` names the operator that makes each tensor, where a codec's error differs by operator. Raises NoPlan where a
+    transfer has no link to go over, BadInput where its codec has no figures.
     """
+    overheads = overheads or {}
     ingress = stages[0].node
     node_of = {stage.name: stage.node for stage in stages} | {CLIENT: ingress}
     node_seconds: dict[str, float] = defaultdict(float)
     link_seconds: dict[tuple[str, str], float] = defaultdict(float)
     link_bytes: dict[tuple[str, str], int] = defaultdict(int)
+    sent_bytes: dict[tuple[str, str], float] = defaultdict(float)
     memory_bytes: dict[str, int] = defaultdict(int)
     node_free: dict[str, float] = defaultdict(float)
     link_free: dict[tuple[str, str], float] = defaultdict(float)
     ready = {stage.name: 0.0 for stage in stages} | {CLIENT: 0.0}
     received = {stage.name: 0 for stage in stages} | {CLIENT: 0}
+    errors: list[float] = []
+    outgoing: dict[str, list[Transfer]] = defaultdict(list)
+    for transfer in transfers:
+        outgoing[transfer.source].append(transfer)
 
     def send(source: str, at: float) -> None:
-        for transfer in transfers:
-            if transfer.source != source:
-                continue
+        for transfer in outgoing[source]:
             received[transfer.target] += transfer.bytes
             a, b = node_of[source], node_of[transfer.target]
             arrival = at
             if a != b and transfer.bytes:
-                link = links.get((a, b))
+                link, codec = links.get((a, b)), codecs.get(transfer.codec)
                 if link is None:
                     raise NoPlan(
                         f"stage {source or 'the client'!r} on node {a!r} must send {transfer.bytes} bytes to node {b!r}, but there is no link {a!r} -> {b!r}",
                         remedy="add the link to the cluster, or leave one of the nodes out",
                     )
-                busy = transfer.bytes / link.bandwidth_bytes_per_s
-                start = max(at, link_free[a, b])
+                if codec is None:
+                    raise BadInput(f"there are no figures for the codec {transfer.codec!r}; there are for {', '.join(codecs)}")
+                encode = codec.encode_s(transfer.bytes, a) + overheads.get(a, NO_OVERHEAD).message_s * len(transfer.tensors)
+                decode = codec.decode_s(transfer.bytes, b) + overheads.get(b, NO_OVERHEAD).message_s * len(transfer.tensors)
+                busy = transfer.bytes / codec.ratio / link.bandwidth_bytes_per_s
+                start = max(at + encode, link_free[a, b])
                 link_free[a, b] = start + busy
-                arrival = start + link.latency_s + busy
+                arrival = start + link.latency_s + busy + decode
+                node_seconds[a] += encode
+                node_seconds[b] += decode
                 link_seconds[a, b] += busy
                 link_bytes[a, b] += transfer.bytes
+                sent_bytes[a, b] += transfer.bytes / codec.ratio
+                errors.append(max((codec.error_of((producers or {}).get(t, t)) for t in transfer.tensors), default=0.0))
             ready[transfer.target] = max(ready[transfer.target], arrival)
 
-    send(CLIENT, 0.0)
+    accepted = overheads.get(ingress, NO_OVERHEAD).request_s
+    node_seconds[ingress] += accepted
+    send(CLIENT, accepted)
+    ready[stages[0].name] = max(ready[stages[0].name], accepted)
     latency = 0.0
     for stage in stages:
-        end = max(ready[stage.name], node_free[stage.node]) + stage.seconds
+        took = overheads.get(stage.node, NO_OVERHEAD).stage_s + stage.seconds
+        end = max(ready[stage.name], node_free[stage.node]) + took
         node_free[stage.node] = end
-        node_seconds[stage.node] += stage.seconds
+        node_seconds[stage.node] += took
         latency = max(latency, end)
         send(stage.name, end)
     for stage in stages:
@@ -119,5 +204,7 @@ def evaluate(stages: Sequence[StageSpec], transfers: Sequence[Transfer], links: 
         node_seconds=dict(node_seconds),
         link_seconds=dict(link_seconds),
         link_bytes=dict(link_bytes),
+        sent_bytes=dict(sent_bytes),
         memory_bytes=dict(memory_bytes),
+        error=math.fsum(errors),
     )
