@@ -14,6 +14,7 @@ from nodes.link import Link, Links
 from nodes.pipeline import Pipeline
 from splitnet import __version__, wire
 from splitnet.codecs import codec_names
+from splitnet.machine import machine_id, processor_name, usable_cores
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.tensors import TensorSpec
 
@@ -27,6 +28,7 @@ class Describer:
         self._links = links
         self._started_s = time.monotonic()
         self._process = psutil.Process()
+        self._machine, self._cores, self._processor = machine_id(), usable_cores(), processor_name()
 
     def describe(self, deployment: str = "") -> pb.DescribeReply:
         """`deployment`: only that one; an unknown name is answered with none."""
@@ -49,6 +51,9 @@ class Describer:
             max_message_bytes=wire.MAX_MESSAGE_BYTES,
             max_tensor_bytes=config.max_tensor_bytes,
             process_memory_bytes=self._process.memory_info().rss,
+            machine=self._machine,
+            cores=self._cores,
+            processor=self._processor,
         )
 
     def _deployment(self, d: Deployment) -> pb.DeploymentStatus:

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from nodes.compute import ComputeThread
 from nodes.config import NodeConfig
+from nodes.deployment import Deployment
 from nodes.describe import Describer
 from nodes.ingress import Ingress
 from nodes.installer import Installer
@@ -58,13 +59,13 @@ class NodeServer:
                 remedy="choose another with --listen; port 0 takes any free one",
             ) from error
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL_S))
-        self._compute = ComputeThread(asyncio.get_running_loop())
+        self.compute = ComputeThread(asyncio.get_running_loop())
         self._pool = ThreadPoolExecutor(_CODEC_THREADS, thread_name_prefix="splitnet-codec")
-        self.pipeline = Pipeline(config, self._compute, self._pool, log)
+        self.pipeline = Pipeline(config, self.compute, self._pool, log)
         self._links = Links(self.pipeline, log)
         ingress = Ingress(self.pipeline)
-        installer = Installer(self.pipeline, store, self._compute, self._links)
-        self._servicer = Servicer(self.pipeline, ingress, installer, Describer(self.pipeline, installer, self._links), store, self._compute)
+        installer = Installer(self.pipeline, store, self.compute, self._links)
+        self._servicer = Servicer(self.pipeline, ingress, installer, Describer(self.pipeline, installer, self._links), store, self.compute)
         self._health = health.aio.HealthServicer()
         add_to_server(self._servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -77,6 +78,11 @@ class NodeServer:
         log.info("listening", address=self.address, name=config.name, data=str(config.directory), threads=config.threads)
         if config.open_plaintext:
             log.warning("insecure: this address is open to the network, without encryption or authentication", address=self.address)
+
+    def serve_directly(self, deployment: Deployment) -> None:
+        """Serves a deployment that was not shipped here: the node's own measurements."""
+        deployment.links = {node.name: self._links.take(deployment.node, node) for node in deployment.neighbours()}
+        self.pipeline.deployments[deployment.name] = deployment
 
     async def drain(self) -> bool:
         """Takes nothing new, finishes what is in flight; False when `drain_s` was not enough."""
@@ -104,13 +110,13 @@ class NodeServer:
 
     def has_ended(self, timeout_s: float = _LAST_BYTES_S) -> bool:
         """After `stop`: whether no thread is left, so that the process can end in the ordinary way."""
-        return self._compute.join(timeout_s)
+        return self.compute.join(timeout_s)
 
     async def abandon(self) -> None:
         """Lets go of everything, and tells nobody."""
         await self._links.close()
         await self._server.stop(None)
-        self._compute.stop()
+        self.compute.stop()
         self._pool.shutdown(wait=False)
 
 

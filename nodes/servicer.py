@@ -16,15 +16,14 @@ from nodes.describe import Describer
 from nodes.ingress import Ingress
 from nodes.installer import Installer
 from nodes.link import ADDRESS_KEY, NAME_KEY
+from nodes.measuring import Measurer
 from nodes.pipeline import Pipeline
 from nodes.receiving import receive_blob
 from nodes.requests import RequestKey
 from nodes.store import BlobStore
-from splitnet.channel import abort_with, from_failure, open_channel, stub, to_failure, translated
+from splitnet.channel import abort_with, from_failure, to_failure
 from splitnet.errors import BadInput, ProtocolError, SplitnetError
-from splitnet.linkprobe import measure_link
 from splitnet.plan import NodeRef
-from splitnet.reference_kernel import measure_reference
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.rpc.v1.node_pb2_grpc import NodeServicer, add_NodeServicer_to_server
 from splitnet.wire import MAX_MESSAGE_BYTES, Message, decode_frame, encode_frame
@@ -33,8 +32,6 @@ __all__ = ["SERVICE", "Servicer", "add_to_server"]
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Node"].full_name
 
-_MEASURE_S = 2.0
-_LONGEST_MEASURE_S = 60.0
 _LONGEST_NAME = 100
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Reply = TypeVar("Reply")
@@ -49,7 +46,7 @@ class Servicer(NodeServicer):
         self._installer = installer
         self._describer = describer
         self._store = store
-        self._compute = compute
+        self._measurer = Measurer(pipeline, store, compute)
         self._log = pipeline.log
         self.clients: set[ClientStream] = set()
         self._streams: set[Context] = set()
@@ -158,39 +155,13 @@ class Servicer(NodeServicer):
             yield pb.ProbeReply(received_bytes=len(request.payload), payload=bytes(request.reply_bytes))
 
     async def Measure(self, request: pb.MeasureRequest, context: Context) -> pb.MeasureReply:
-        async def act() -> pb.MeasureReply:
-            budget_s = min(request.budget_s, _LONGEST_MEASURE_S) if request.budget_s > 0 else _MEASURE_S
-            if request.WhichOneof("what") == "peer_address":
-                return await _measured_link(request.peer_address, budget_s)
-            if request.compute:
-                threads = self._pipeline.config.threads
-                reference = await self._compute.call(lambda: measure_reference(threads, budget_s))
-                return pb.MeasureReply(seconds=reference.seconds)
-            raise BadInput("Measure: neither peer_address nor compute is given")
-
-        return await self._guarded(context, act)
+        return await self._guarded(context, lambda: self._measurer.measure(request))
 
     async def _guarded(self, context: Context, act: Callable[[], Awaitable[Reply]]) -> Reply:
         try:
             return await act()
         except SplitnetError as error:
             await abort_with(context, error.at(node=self._pipeline.config.name))
-
-
-async def _measured_link(address: str, budget_s: float) -> pb.MeasureReply:
-    channel = open_channel(address)
-    try:
-        with translated(address):
-            peer = await stub(channel).Describe(pb.DescribeRequest(), timeout=budget_s + 5)
-            measured = await measure_link(stub(channel), budget_s)
-    finally:
-        await channel.close()
-    return pb.MeasureReply(
-        round_trip_s=measured.round_trip_s,
-        bandwidth_bytes_per_s=measured.bandwidth_bytes_per_s,
-        peer_name=peer.name,
-        samples=[pb.ProbeSample(bytes=sample.bytes, seconds=sample.seconds) for sample in measured.samples],
-    )
 
 
 def add_to_server(servicer: Servicer, server: grpc.aio.Server) -> None:

@@ -52,6 +52,11 @@ class BlobStore:
             return False
         return True
 
+    def path(self, sha256: str) -> Path:
+        """The file of a blob, its bytes verified. Raises NotFound, BadShard."""
+        check_sha256(sha256)
+        return self._verify(sha256)
+
     def offset(self, sha256: str, size_bytes: int) -> int:
         """How many bytes of the blob are here: `size_bytes` when it is complete. Raises BadShard where the blob has another size."""
         _check_header(sha256, size_bytes)

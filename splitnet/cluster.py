@@ -13,13 +13,27 @@ import tomli_w
 
 from splitnet.errors import BadCluster
 
-__all__ = ["Cluster", "ClusterNode", "Link"]
+__all__ = ["Cluster", "ClusterNode", "CodecSpeed", "Link"]
+
+
+@dataclass(frozen=True, slots=True)
+class CodecSpeed:
+    """What a codec costs a node's processor, and `ratio`: encoded bytes / bytes before, on random activations."""
+
+    name: str
+    encode_bytes_per_s: float
+    decode_bytes_per_s: float
+    ratio: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterNode:
-    """A box. `reference_s` is the time of the reference kernel there (see the Measure RPC): the ratio of two nodes' figures scales a
-    profile from one to the other. 0: not measured."""
+    """A box, or one of several nodes on it. 0 and "" stand for what was not measured.
+
+    `reference_s` is the time of the reference kernel there (see the Measure RPC): the ratio of two nodes' figures scales a profile from
+    one to the other. Nodes with the same `machine` share its `cores`. `stage_s`, `message_s` and `request_s` are what the node spends,
+    model aside, on handing a request to its engine and back, on sending or taking one tensor, and on taking a client's request and
+    answering it."""
 
     name: str
     address: str  # host:port
@@ -27,6 +41,13 @@ class ClusterNode:
     device: str = "cpu"
     threads: int = 1
     reference_s: float = 0.0
+    machine: str = ""
+    cores: int = 0
+    processor: str = ""
+    stage_s: float = 0.0
+    message_s: float = 0.0
+    request_s: float = 0.0
+    codecs: tuple[CodecSpeed, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +58,7 @@ class Link:
     target: str
     bandwidth_bytes_per_s: float
     latency_s: float  # one way
+    jitter_s: float = 0.0  # median deviation of a round trip
 
     def seconds(self, size_bytes: float) -> float:
         """The time that a message of this size takes: latency + bytes / bandwidth. Nothing to send takes no time."""
@@ -61,8 +83,14 @@ class Cluster:
             host, _, port = node.address.rpartition(":")
             if not host or not port.isdigit() or not 0 < int(port) < 65536:
                 raise BadCluster(f"node {node.name!r}: address {node.address!r} is not HOST:PORT")
-            if node.memory_bytes < 0 or node.threads < 1 or not node.reference_s >= 0:
-                raise BadCluster(f"node {node.name!r}: memory_bytes and reference_s must not be negative, threads at least 1")
+            figures = ("memory_bytes", "reference_s", "cores", "stage_s", "message_s", "request_s")
+            if wrong := [f for f in figures if not 0 <= getattr(node, f) < math.inf]:
+                raise BadCluster(f"node {node.name!r}: {wrong[0]} must be finite and must not be negative, got {getattr(node, wrong[0])}")
+            if node.threads < 1:
+                raise BadCluster(f"node {node.name!r}: expected threads at least 1, got {node.threads}")
+            for codec in node.codecs:
+                if not (codec.encode_bytes_per_s > 0 and codec.decode_bytes_per_s > 0 and codec.ratio > 0):
+                    raise BadCluster(f"node {node.name!r}: codec {codec.name!r}: speeds and ratio must be positive")
         seen = set()
         for link in self.links:
             pair = (link.source, link.target)
@@ -89,6 +117,14 @@ class Cluster:
             if (link.source, link.target) == (source, target):
                 return link
         return None
+
+    def shared_machines(self) -> dict[str, tuple[ClusterNode, ...]]:
+        """Machines whose nodes have, together, more threads than the machine has cores: these nodes slow each other down."""
+        found: dict[str, list[ClusterNode]] = {}
+        for node in self.nodes:
+            if node.machine and node.cores:
+                found.setdefault(node.machine, []).append(node)
+        return {m: tuple(on) for m, on in found.items() if len(on) > 1 and sum(n.threads for n in on) > min(n.cores for n in on)}
 
     @classmethod
     def load(cls, path: str | Path) -> Cluster:
@@ -118,7 +154,10 @@ class Cluster:
 
     def to_toml(self) -> str:
         def table(record: Any) -> dict[str, Any]:
-            return {f.name: getattr(record, f.name) for f in fields(record)}
+            found = {f.name: getattr(record, f.name) for f in fields(record)}
+            if "codecs" in found:
+                found["codecs"] = [table(codec) for codec in found["codecs"]]
+            return found
 
         return tomli_w.dumps({"nodes": [table(n) for n in self.nodes], "links": [table(link) for link in self.links]})
 
@@ -138,13 +177,18 @@ def _record(cls: type[Any], d: Any, at: str) -> Any:
         raise BadCluster(f"{at}: expected a table, got {type(d).__name__}")
     expected = {"str": str, "int": int, "float": float}
     kinds = {f.name: str(f.type) for f in fields(cls)}
+    values = dict(d)
+    if "codecs" in d and "codecs" in kinds:
+        values["codecs"] = tuple(_record(CodecSpeed, c, f"{at}.codecs[{i}]") for i, c in enumerate(_tables(d, "codecs")))
     for key, value in d.items():
         if key not in kinds:
             raise BadCluster(f"{at}: unknown key {key!r}; it may have {', '.join(kinds)}")
+        if key == "codecs":
+            continue
         ok = isinstance(value, expected[kinds[key]]) or (kinds[key] == "float" and isinstance(value, int))
         if not ok or isinstance(value, bool):
             raise BadCluster(f"{at}.{key}: expected {kinds[key]}, got {value!r}")
     try:
-        return cls(**d)
+        return cls(**values)
     except TypeError as error:
         raise BadCluster(f"{at}: {error}") from None

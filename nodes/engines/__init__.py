@@ -22,8 +22,8 @@ def engine_names() -> tuple[str, ...]:
     return tuple(name for name, (_, _, needs) in _ENGINES.items() if importlib.util.find_spec(needs) is not None)
 
 
-def load_engine(shard: Shard, *, threads: int, engine: str = "auto") -> Engine:
-    """Loads a shard into an engine, in the thread that will run it. Raises NotFound for an engine that there is not, MissingExtra
+def load_engine(shard: Shard, *, threads: int, engine: str = "auto", made_up: bool = False) -> Engine:
+    """Loads a shard into an engine, in the thread that will run it; `made_up` as in `TimedEngine`. Raises NotFound for an engine that there is not, MissingExtra
     where this box lacks what it needs, and what `Engine.load` raises."""
     name = shard.manifest.engine if engine == "auto" else engine
     if name not in _ENGINES:
@@ -31,5 +31,6 @@ def load_engine(shard: Shard, *, threads: int, engine: str = "auto") -> Engine:
     module, cls, needs = _ENGINES[name]
     if importlib.util.find_spec(needs) is None:
         raise MissingExtra(f"engine {name!r} needs {needs}, which is not installed here", remedy="pip install 'splitnet[node]'")
-    loaded: Engine = getattr(importlib.import_module(module), cls).load(shard, threads=threads)
+    loader = getattr(importlib.import_module(module), cls).load
+    loaded: Engine = loader(shard, threads=threads, made_up=True) if made_up else loader(shard, threads=threads)
     return loaded

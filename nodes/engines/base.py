@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Protocol, Self
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
 
 if TYPE_CHECKING:
     from splitnet.shard import Shard
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "TimedEngine"]
 
 
 class Engine(Protocol):
@@ -37,4 +37,14 @@ class Engine(Protocol):
 
     def memory_bytes(self) -> int:
         """Bytes of weights that this engine holds."""
+        ...
+
+
+@runtime_checkable
+class TimedEngine(Engine, Protocol):
+    """An engine that can say how long each operator takes. Its `load` also takes `made_up=True`: weights that the shard's file does not
+    hold are random ones of their spec, as many bytes as the manifest declares at most."""
+
+    def run_timed(self, inputs: Mapping[str, np.ndarray], on_operator: Callable[[str, float], None]) -> dict[str, np.ndarray]:
+        """As `run`; `on_operator` gets the first value that an operator produces, and its seconds."""
         ...

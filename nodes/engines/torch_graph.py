@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import ml_dtypes
@@ -11,7 +12,7 @@ import safetensors
 import torch
 
 from splitnet.errors import BadInput, BadShard
-from splitnet.graph import GraphDocument, WeightSpec, parse
+from splitnet.graph import GraphDocument, Operator, WeightSpec, parse
 from splitnet.interpreter import Program
 from splitnet.shard import Shard
 
@@ -33,7 +34,7 @@ class TorchGraphEngine:
         self._program = Program(document, torch, weights)
 
     @classmethod
-    def load(cls, shard: Shard, *, threads: int) -> Self:
+    def load(cls, shard: Shard, *, threads: int, made_up: bool = False) -> Self:
         torch.set_num_threads(threads)
         document = parse(shard.member("graph.json").read_bytes())
         for what, listed, there in (
@@ -42,9 +43,19 @@ class TorchGraphEngine:
         ):
             if sorted(spec.name for spec in listed) != sorted(there):
                 raise BadShard(f"{shard.path}: the manifest's {what}s are not the graph's", remedy="cut the model again")
-        return cls(document, _load_weights(shard, document.weights))
+        return cls(document, _load_weights(shard, document.weights, made_up))
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self._run(inputs, None)
+
+    def run_timed(self, inputs: Mapping[str, np.ndarray], on_operator: Callable[[str, float], None]) -> dict[str, np.ndarray]:
+        def on_step(op: Operator, seconds: float, _result: Any) -> None:
+            if op.results:
+                on_operator(op.results[0], seconds)
+
+        return self._run(inputs, on_step)
+
+    def _run(self, inputs: Mapping[str, np.ndarray], on_step: Callable[[Operator, float, Any], None] | None) -> dict[str, np.ndarray]:
         values: list[Any] = []
         # no_grad, and weights that say they are trainable, as in the original: torch chooses kernels by that, and in inference mode it
         # would not see it.
@@ -55,7 +66,7 @@ class TorchGraphEngine:
                 except KeyError:
                     raise BadInput(f"input {given.name!r} is missing; the stage needs {', '.join(i.name for i in self._inputs)}") from None
                 values.append(to_tensor(array) if given.kind == "tensor" else _NUMBERS[given.kind](array.item()))
-            results = self._program.run(values)
+            results = self._program.run(values, on_step)
             return {name: to_array(value) for name, value in zip(self._outputs, results, strict=True)}
 
     def memory_bytes(self) -> int:
@@ -96,8 +107,12 @@ def to_array(value: torch.Tensor | float) -> np.ndarray:
     return value.numpy()
 
 
-def _load_weights(shard: Shard, specs: Mapping[str, WeightSpec]) -> dict[str, torch.Tensor]:
+def _load_weights(shard: Shard, specs: Mapping[str, WeightSpec], made_up: bool) -> dict[str, torch.Tensor]:
     """Each weight in fresh memory (torch starts it on a 64-byte boundary), so that no file stays mapped."""
+    if made_up:
+        needed = sum(math.prod(spec.shape) * getattr(torch, spec.dtype).itemsize for spec in specs.values())
+        if needed > shard.manifest.param_bytes:  # what was declared is what was checked against the node's memory
+            raise BadShard(f"{shard.path}: the weights take {needed} bytes, the manifest declares {shard.manifest.param_bytes}")
     weights: dict[str, torch.Tensor] = {}
     for path in shard.weights:
         with safetensors.safe_open(str(path), framework="pt") as file:
@@ -105,6 +120,8 @@ def _load_weights(shard: Shard, specs: Mapping[str, WeightSpec]) -> dict[str, to
                 if name not in specs:
                     raise BadShard(f"{path}: the graph does not know the weight {name!r}", remedy="cut the model again")
                 weights[name] = _restore(file.get_tensor(name), name, specs[name], str(path))
+    if made_up:
+        weights |= {name: _made_up(spec) for name, spec in specs.items() if name not in weights}
     if missing := sorted(set(specs) - set(weights)):
         raise BadShard(f"{shard.path}: the weight {missing[0]!r} is missing", remedy="cut the model again, or load the shard again")
     return weights
@@ -117,7 +134,24 @@ def _restore(stored: torch.Tensor, name: str, spec: WeightSpec, path: str) -> to
             f"{path}: weight {name!r} should be {spec.dtype} {shape}, the file has {str(stored.dtype).removeprefix('torch.')} {tuple(stored.shape)}",
             remedy="cut the model again",
         )
-    like = torch.empty(shape, dtype=stored.dtype, device="meta").permute([spec.order.index(axis) for axis in range(len(shape))])
-    # A tensor of its own, not a view of one: a view's views would ask the base whether it is trainable.
-    weight = torch.empty_strided(like.shape, like.stride(), dtype=stored.dtype)
-    return weight.copy_(stored.permute([spec.order.index(axis) for axis in range(len(shape))])).requires_grad_(spec.grad)
+    return _empty(spec).copy_(stored.permute([spec.order.index(axis) for axis in range(len(shape))])).requires_grad_(spec.grad)
+
+
+def _empty(spec: WeightSpec) -> torch.Tensor:
+    """With the strides of the original; a tensor of its own, not a view of one: a view's views would ask the base whether it is trainable."""
+    stored = tuple(spec.shape[axis] for axis in spec.order)
+    like = torch.empty(stored, dtype=getattr(torch, spec.dtype), device="meta").permute([spec.order.index(a) for a in range(len(stored))])
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+
+
+def _made_up(spec: WeightSpec) -> torch.Tensor:
+    """Ordinary numbers that keep an activation's size from layer to layer (a vector may be a variance: positive); subnormal ones or
+    infinities would be timed instead of arithmetic. Ones where an element is no float."""
+    weight = _empty(spec)
+    if not weight.is_floating_point():
+        weight.fill_(1)
+    elif weight.ndim > 1:
+        weight.normal_(0.0, (weight.shape[0] / max(weight.numel(), 1)) ** 0.5)
+    else:
+        weight.uniform_(0.5, 1.5)
+    return weight.requires_grad_(spec.grad)

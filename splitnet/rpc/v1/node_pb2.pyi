@@ -259,6 +259,9 @@ class DescribeReply(google.protobuf.message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: builtins.int
     MAX_TENSOR_BYTES_FIELD_NUMBER: builtins.int
     PROCESS_MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    MACHINE_FIELD_NUMBER: builtins.int
+    CORES_FIELD_NUMBER: builtins.int
+    PROCESSOR_FIELD_NUMBER: builtins.int
     name: builtins.str
     version: builtins.str
     memory_limit_bytes: builtins.int
@@ -276,6 +279,12 @@ class DescribeReply(google.protobuf.message.Message):
     max_tensor_bytes: builtins.int
     process_memory_bytes: builtins.int
     """resident set of the process"""
+    machine: builtins.str
+    """the same for all nodes on one machine; empty where it cannot be told"""
+    cores: builtins.int
+    """processors of that machine that the process may use"""
+    processor: builtins.str
+    """the processor's model, for people and to find equal devices"""
     @property
     def deployments(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___DeploymentStatus]: ...
     @property
@@ -303,8 +312,11 @@ class DescribeReply(google.protobuf.message.Message):
         max_message_bytes: builtins.int = ...,
         max_tensor_bytes: builtins.int = ...,
         process_memory_bytes: builtins.int = ...,
+        machine: builtins.str = ...,
+        cores: builtins.int = ...,
+        processor: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["codecs", b"codecs", "deployments", b"deployments", "device", b"device", "draining", b"draining", "engines", b"engines", "insecure", b"insecure", "links", b"links", "max_message_bytes", b"max_message_bytes", "max_tensor_bytes", b"max_tensor_bytes", "memory_limit_bytes", b"memory_limit_bytes", "memory_used_bytes", b"memory_used_bytes", "name", b"name", "process_memory_bytes", b"process_memory_bytes", "threads", b"threads", "uptime_s", b"uptime_s", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["codecs", b"codecs", "cores", b"cores", "deployments", b"deployments", "device", b"device", "draining", b"draining", "engines", b"engines", "insecure", b"insecure", "links", b"links", "machine", b"machine", "max_message_bytes", b"max_message_bytes", "max_tensor_bytes", b"max_tensor_bytes", "memory_limit_bytes", b"memory_limit_bytes", "memory_used_bytes", b"memory_used_bytes", "name", b"name", "process_memory_bytes", b"process_memory_bytes", "processor", b"processor", "threads", b"threads", "uptime_s", b"uptime_s", "version", b"version"]) -> None: ...
 
 Global___DescribeReply: typing_extensions.TypeAlias = DescribeReply
 
@@ -650,29 +662,174 @@ Global___ProbeReply: typing_extensions.TypeAlias = ProbeReply
 
 @typing.final
 class MeasureRequest(google.protobuf.message.Message):
+    """The node goes on serving meanwhile; what it computes for a measurement waits its turn in the compute thread, as a request does."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     PEER_ADDRESS_FIELD_NUMBER: builtins.int
     COMPUTE_FIELD_NUMBER: builtins.int
+    OPERATORS_FIELD_NUMBER: builtins.int
+    OVERHEAD_FIELD_NUMBER: builtins.int
     BUDGET_S_FIELD_NUMBER: builtins.int
     peer_address: builtins.str
     """the link from this node to that address"""
     compute: builtins.bool
     """a reference kernel on this node's engine and threads"""
+    overhead: builtins.bool
+    """what this node spends on a stage, a message and a request, and how fast its codecs are"""
     budget_s: builtins.float
     """how long it may take"""
+    @property
+    def operators(self) -> Global___OperatorsRequest:
+        """each operator of a model"""
+
     def __init__(
         self,
         *,
         peer_address: builtins.str = ...,
         compute: builtins.bool = ...,
+        operators: Global___OperatorsRequest | None = ...,
+        overhead: builtins.bool = ...,
         budget_s: builtins.float = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["compute", b"compute", "peer_address", b"peer_address", "what", b"what"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["budget_s", b"budget_s", "compute", b"compute", "peer_address", b"peer_address", "what", b"what"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["what", b"what"]) -> typing.Literal["peer_address", "compute"] | None: ...
+    def HasField(self, field_name: typing.Literal["compute", b"compute", "operators", b"operators", "overhead", b"overhead", "peer_address", b"peer_address", "what", b"what"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["budget_s", b"budget_s", "compute", b"compute", "operators", b"operators", "overhead", b"overhead", "peer_address", b"peer_address", "what", b"what"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["what", b"what"]) -> typing.Literal["peer_address", "compute", "operators", "overhead"] | None: ...
 
 Global___MeasureRequest: typing_extensions.TypeAlias = MeasureRequest
+
+@typing.final
+class OperatorsRequest(google.protobuf.message.Message):
+    """The model comes as one or more shards that were sent by Load, each a piece of it in its order; a node with little memory gets
+    several and holds one at a time. Weights that a shard's file does not hold are made up by the node.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SHARDS_FIELD_NUMBER: builtins.int
+    INPUTS_FIELD_NUMBER: builtins.int
+    inputs: builtins.str
+    """sha256 of a blob: a safetensors file with the model's example inputs"""
+    @property
+    def shards(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """sha256 of each shard's manifest"""
+
+    def __init__(
+        self,
+        *,
+        shards: collections.abc.Iterable[builtins.str] | None = ...,
+        inputs: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["inputs", b"inputs", "shards", b"shards"]) -> None: ...
+
+Global___OperatorsRequest: typing_extensions.TypeAlias = OperatorsRequest
+
+@typing.final
+class OperatorsReply(google.protobuf.message.Message):
+    """Seconds that each operator took, by the first value that it produces, at the median over rounds. `whole_s` is the median of
+    the piece's undisturbed runs, which the operators' own times need not add up to.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OPERATORS_FIELD_NUMBER: builtins.int
+    WHOLE_S_FIELD_NUMBER: builtins.int
+    ROUNDS_FIELD_NUMBER: builtins.int
+    SPREAD_FIELD_NUMBER: builtins.int
+    ENGINE_FIELD_NUMBER: builtins.int
+    MADE_UP_WEIGHTS_FIELD_NUMBER: builtins.int
+    whole_s: builtins.float
+    rounds: builtins.int
+    spread: builtins.float
+    """median deviation of whole runs, as a share of whole_s"""
+    engine: builtins.str
+    made_up_weights: builtins.bool
+    @property
+    def operators(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___OperatorTime]: ...
+    def __init__(
+        self,
+        *,
+        operators: collections.abc.Iterable[Global___OperatorTime] | None = ...,
+        whole_s: builtins.float = ...,
+        rounds: builtins.int = ...,
+        spread: builtins.float = ...,
+        engine: builtins.str = ...,
+        made_up_weights: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["engine", b"engine", "made_up_weights", b"made_up_weights", "operators", b"operators", "rounds", b"rounds", "spread", b"spread", "whole_s", b"whole_s"]) -> None: ...
+
+Global___OperatorsReply: typing_extensions.TypeAlias = OperatorsReply
+
+@typing.final
+class OperatorTime(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    seconds: builtins.float
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        seconds: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "seconds", b"seconds"]) -> None: ...
+
+Global___OperatorTime: typing_extensions.TypeAlias = OperatorTime
+
+@typing.final
+class Overhead(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STAGE_S_FIELD_NUMBER: builtins.int
+    MESSAGE_S_FIELD_NUMBER: builtins.int
+    REQUEST_S_FIELD_NUMBER: builtins.int
+    CODECS_FIELD_NUMBER: builtins.int
+    stage_s: builtins.float
+    """handing a request to the engine and back, without the engine"""
+    message_s: builtins.float
+    """one small tensor: framing it on one side and taking it apart on the other"""
+    request_s: builtins.float
+    """a request of a client on this machine through an empty deployment, from call to answer"""
+    @property
+    def codecs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___CodecSpeed]: ...
+    def __init__(
+        self,
+        *,
+        stage_s: builtins.float = ...,
+        message_s: builtins.float = ...,
+        request_s: builtins.float = ...,
+        codecs: collections.abc.Iterable[Global___CodecSpeed] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["codecs", b"codecs", "message_s", b"message_s", "request_s", b"request_s", "stage_s", b"stage_s"]) -> None: ...
+
+Global___Overhead: typing_extensions.TypeAlias = Overhead
+
+@typing.final
+class CodecSpeed(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    ENCODE_BYTES_PER_S_FIELD_NUMBER: builtins.int
+    DECODE_BYTES_PER_S_FIELD_NUMBER: builtins.int
+    RATIO_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    encode_bytes_per_s: builtins.float
+    decode_bytes_per_s: builtins.float
+    ratio: builtins.float
+    """encoded / before, on random activations"""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        encode_bytes_per_s: builtins.float = ...,
+        decode_bytes_per_s: builtins.float = ...,
+        ratio: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["decode_bytes_per_s", b"decode_bytes_per_s", "encode_bytes_per_s", b"encode_bytes_per_s", "name", b"name", "ratio", b"ratio"]) -> None: ...
+
+Global___CodecSpeed: typing_extensions.TypeAlias = CodecSpeed
 
 @typing.final
 class MeasureReply(google.protobuf.message.Message):
@@ -683,13 +840,24 @@ class MeasureReply(google.protobuf.message.Message):
     SECONDS_FIELD_NUMBER: builtins.int
     PEER_NAME_FIELD_NUMBER: builtins.int
     SAMPLES_FIELD_NUMBER: builtins.int
+    PIECES_FIELD_NUMBER: builtins.int
+    OVERHEAD_FIELD_NUMBER: builtins.int
+    JITTER_S_FIELD_NUMBER: builtins.int
     round_trip_s: builtins.float
     bandwidth_bytes_per_s: builtins.float
     seconds: builtins.float
     """compute: median seconds of the reference kernel"""
     peer_name: builtins.str
+    jitter_s: builtins.float
+    """of a link: median deviation of the round trips"""
     @property
     def samples(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ProbeSample]: ...
+    @property
+    def pieces(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___OperatorsReply]:
+        """operators: one per shard"""
+
+    @property
+    def overhead(self) -> Global___Overhead: ...
     def __init__(
         self,
         *,
@@ -698,8 +866,12 @@ class MeasureReply(google.protobuf.message.Message):
         seconds: builtins.float = ...,
         peer_name: builtins.str = ...,
         samples: collections.abc.Iterable[Global___ProbeSample] | None = ...,
+        pieces: collections.abc.Iterable[Global___OperatorsReply] | None = ...,
+        overhead: Global___Overhead | None = ...,
+        jitter_s: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bandwidth_bytes_per_s", b"bandwidth_bytes_per_s", "peer_name", b"peer_name", "round_trip_s", b"round_trip_s", "samples", b"samples", "seconds", b"seconds"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["overhead", b"overhead"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bandwidth_bytes_per_s", b"bandwidth_bytes_per_s", "jitter_s", b"jitter_s", "overhead", b"overhead", "peer_name", b"peer_name", "pieces", b"pieces", "round_trip_s", b"round_trip_s", "samples", b"samples", "seconds", b"seconds"]) -> None: ...
 
 Global___MeasureReply: typing_extensions.TypeAlias = MeasureReply
 

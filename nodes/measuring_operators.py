@@ -1,0 +1,159 @@
+"""Times each operator of a model on this node: with its own engine, its own threads, in its compute thread.
+
+Every round is one job of the compute thread, so that a request waits for it no longer than for another request. Whole runs and runs
+with a clock between the operators take turns; of each the median is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nodes.engines import load_engine
+from nodes.engines.base import TimedEngine
+from splitnet.errors import BadInput, BadShard, InsufficientMemory, NotFound, Overloaded
+from splitnet.rpc.v1 import node_pb2 as pb
+from splitnet.shard import Shard, check_member
+
+if TYPE_CHECKING:
+    from nodes.compute import ComputeThread
+    from nodes.pipeline import Pipeline
+    from nodes.store import BlobStore
+
+__all__ = ["OperatorTimer"]
+
+_WARM_UP = 2
+_FEWEST_ROUNDS = 3
+_MOST_ROUNDS = 50
+_MOST_PIECES = 1024
+
+_Arrays = dict[str, np.ndarray]
+
+
+class OperatorTimer:
+    """One measurement at a time: a second one would only disturb the first."""
+
+    def __init__(self, pipeline: Pipeline, store: BlobStore, compute: ComputeThread) -> None:
+        self._pipeline = pipeline
+        self._store = store
+        self._compute = compute
+        self._busy = False
+
+    async def measure(self, names: Sequence[str], inputs: str, budget_s: float) -> list[pb.OperatorsReply]:
+        """Runs the pieces one after another, each on what the ones before it have produced, and lets go of each before the next.
+
+        Takes about `budget_s`, but at least five rounds of each piece. Raises Overloaded while another such measurement runs, NotFound
+        for what was not sent by Load (or an engine that has no clock), InsufficientMemory where a piece does not fit beside what the
+        node serves, BadShard, EngineFailure. Nothing is left behind but the blobs."""
+        if not 0 < len(names) <= _MOST_PIECES:
+            raise BadInput(f"operators: expected 1 to {_MOST_PIECES} shards, got {len(names)}")
+        if self._busy:
+            raise Overloaded("another model is being measured here", remedy="wait until it is done", retry_after_s=1.0)
+        self._busy = True
+        try:
+            shards = [await asyncio.to_thread(self._store.shard, name) for name in names]
+            path = await asyncio.to_thread(self._store.path, inputs)
+            await asyncio.to_thread(check_member, path, "inputs.safetensors", place=f"blob {inputs[:12]}")
+            values: _Arrays = await self._compute.call(functools.partial(_read, path))
+            return [await self._piece(shard, values, budget_s / len(shards)) for shard in shards]
+        finally:
+            self._busy = False
+
+    async def _piece(self, shard: Shard, values: _Arrays, budget_s: float) -> pb.OperatorsReply:
+        self._check_memory(shard, sum(array.nbytes for array in values.values()))
+        timing = _Timing(shard, self._pipeline.config.threads, self._pipeline.config.engine)
+        end = time.perf_counter() + budget_s
+        try:
+            await self._compute.call(timing.load)
+            if missing := [spec.name for spec in shard.manifest.inputs if spec.name not in values]:
+                raise BadInput(
+                    f"operators: input {missing[0]!r} of shard {shard.sha256[:12]} is neither given nor made by a piece before it"
+                )
+            for done in range(_WARM_UP + _MOST_ROUNDS):
+                if done >= _WARM_UP + _FEWEST_ROUNDS and time.perf_counter() > end:
+                    break
+                await self._compute.call(functools.partial(timing.round, values, keep=done >= _WARM_UP))
+            values.update(timing.outputs)
+            return timing.reply()
+        finally:
+            await self._compute.call(timing.forget)
+
+    def _check_memory(self, shard: Shard, held_bytes: int) -> None:
+        limit = self._pipeline.config.memory_bytes
+        used = sum(deployment.reserved_bytes for deployment in self._pipeline.deployments.values())
+        needed = shard.manifest.param_bytes + shard.manifest.activation_bytes + held_bytes
+        if limit and used + needed > limit:
+            raise InsufficientMemory(
+                f"measuring this model needs {needed} bytes here; of the limit of {limit} bytes {used} are taken",
+                remedy="measure it in smaller pieces, unload a deployment, or raise the node's --memory",
+            )
+
+
+class _Timing:
+    """One piece; every method is a job of the compute thread."""
+
+    def __init__(self, shard: Shard, threads: int, engine: str) -> None:
+        self._shard = shard
+        self._threads = threads
+        self._engine_name = engine
+        self._engine: TimedEngine | None = None
+        self._whole: list[float] = []
+        self._each: dict[str, list[float]] = {}
+        self.outputs: _Arrays = {}
+
+    def load(self) -> None:
+        engine = load_engine(self._shard, threads=self._threads, engine=self._engine_name, made_up=True)
+        if not isinstance(engine, TimedEngine):
+            raise NotFound(f"engine {engine.name!r} cannot time its operators", remedy="the planner scales another node's times: --scale")
+        self._engine = engine
+
+    def round(self, values: Mapping[str, np.ndarray], keep: bool) -> None:
+        assert self._engine is not None
+        given = {spec.name: values[spec.name] for spec in self._shard.manifest.inputs}
+        started = time.perf_counter()
+        self.outputs = self._engine.run(given)
+        whole_s = time.perf_counter() - started
+        times: dict[str, float] = {}
+        self._engine.run_timed(given, times.__setitem__)
+        if keep:
+            self._whole.append(whole_s)
+            for name, seconds in times.items():
+                self._each.setdefault(name, []).append(seconds)
+
+    def forget(self) -> None:
+        self._engine = None
+        self.outputs = {}
+
+    def reply(self) -> pb.OperatorsReply:
+        assert self._engine is not None
+        whole_s = statistics.median(self._whole)
+        held = sum(self._shard.manifest.members[n].size_bytes for n in self._shard.manifest.members if n.endswith(".safetensors"))
+        return pb.OperatorsReply(
+            operators=[pb.OperatorTime(name=name, seconds=statistics.median(seconds)) for name, seconds in self._each.items()],
+            whole_s=whole_s,
+            rounds=len(self._whole),
+            spread=statistics.median(abs(w - whole_s) for w in self._whole) / max(whole_s, 1e-12),
+            engine=self._engine.name,
+            made_up_weights=held < self._shard.manifest.param_bytes,
+        )
+
+
+def _read(path: Path) -> _Arrays:
+    """In the compute thread: what torch allocates is freed there."""
+    import safetensors
+    import torch
+
+    from nodes.engines.torch_graph import to_array
+
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            return {name: to_array(torch.clone(file.get_tensor(name))) for name in file.keys()}  # noqa: SIM118 (it is not a mapping)
+    except safetensors.SafetensorError as error:
+        raise BadShard(f"the example inputs cannot be read: {error}", remedy="send them again") from None
