@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -11,18 +10,17 @@ from typing import Any
 import torch
 from torch.export.graph_signature import InputKind, OutputKind
 
-from partitioner.exporting import BATCH, DynamicShapes, Exported, as_tensor, export
-from partitioner.expressions import render
-from partitioner.graph import ModelGraph, used_weights
-from partitioner.kinds import CHEAP_PARAM_BYTES, estimate_flops, is_cheap_kind
+from partitioner.describing import describe
+from partitioner.exporting import DynamicShapes, Exported, as_tensor, export
+from partitioner.graph import ModelGraph
 from partitioner.layout import lay_out
 from partitioner.lowering import Lowered, Lowering
-from partitioner.structure import Structure, Vertex
+from partitioner.sizes import find_sources
+from partitioner.structure import Structure
 from partitioner.trees import InputTree, flatten_output
 from splitnet.errors import CaptureError
 from splitnet.graph import Operator, Ref, Weight, references
 from splitnet.interpreter import Program
-from splitnet.plan import OutputSpec
 from splitnet.tensors import TensorSpec
 
 __all__ = ["capture"]
@@ -86,13 +84,13 @@ def _capture(
     _drop_unused(lowered, [r.name for r in results])
     example = dict(zip(inputs.names, inputs.tensors, strict=True))
     symbols = _example_symbols(lowered, example)
-    unmeasured = _structure(name, lowered, weights, example, results, [path for path, _ in outputs], symbols, {})
+    unmeasured = describe(name, lowered, weights, example, results, [path for path, _ in outputs], symbols, {})
     draft = _model(unmeasured, lowered, weights, example)
     values, answers = _measure(draft, name)
     _compare(name, outputs, answers, notes)
     for note in notes:
         warnings.warn(f"{name}: {note}", stacklevel=4)
-    structure = _structure(name, lowered, weights, example, results, [path for path, _ in outputs], symbols, values, tuple(notes))
+    structure = describe(name, lowered, weights, example, results, [path for path, _ in outputs], symbols, values, tuple(notes))
     return _model(structure, lowered, weights, example)
 
 
@@ -186,80 +184,12 @@ def _drop_unused(lowered: Lowered, results: list[str]) -> None:
 
 def _example_symbols(lowered: Lowered, example: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """The value of each symbol in the example inputs."""
-    from partitioner.sizes import find_sources
-
     specs = [TensorSpec(v.name, v.dtype, v.shape) for name in example for v in [lowered.values[name]]]
     return {
         text: (example[source.value].shape[source.axis] - source.offset) // source.scale
         for text, source in find_sources(specs).items()
         if text.isidentifier()
     }
-
-
-def _structure(
-    name: str, lowered: Lowered, weights: Mapping[str, torch.Tensor], example: Mapping[str, torch.Tensor], results: list[Ref],
-    paths: list[str], symbols: dict[str, int], measured: Mapping[str, tuple[tuple[int, ...], int]], notes: tuple[str, ...] = (),
-) -> Structure:  # fmt: skip
-    """`measured`: value -> (shape, bytes) at the example inputs."""
-    specs = {v.name: TensorSpec(v.name, v.dtype, v.shape) for v in lowered.values.values()}
-    sizes = {value: render(tree) for value, tree in lowered.sizes.items()}
-    vertices = [Vertex(n, "input", (specs[n],), value_bytes=(t.nbytes,), activation_bytes=t.nbytes) for n, t in example.items()]
-    carriers: dict[str, str] = {}
-    for spec in sorted((specs[n] for n in example), key=lambda s: (example[s.name].nbytes, s.name)):
-        for size in spec.shape:
-            for symbol in symbols:
-                if isinstance(size, str) and symbol in size:
-                    carriers.setdefault(symbol, spec.name)
-    for value, text in sizes.items():
-        used = tuple(sorted({carrier for symbol, carrier in carriers.items() if symbol in text}))
-        vertices.append(Vertex(value, "size", (specs[value],), inputs=used, value_bytes=(8,), activation_bytes=8, cheap=True))
-    bytes_of = {n: t.nbytes for n, t in example.items()} | dict.fromkeys(sizes, 8) | {v: b for v, (_, b) in measured.items()}
-    shapes = {n: tuple(t.shape) for n, t in (*example.items(), *weights.items())} | {v: s for v, (s, _) in measured.items()}
-    cheap = set(sizes)
-    constant: set[str] = set()
-    for op in lowered.operators:
-        arguments = list(references((op.args, op.kwargs)))
-        used = tuple(dict.fromkeys(r.name for r in arguments if isinstance(r, Ref)))
-        params = used_weights(op)
-        param_bytes = sum(weights[p].nbytes for p in params)
-        is_constant = not used or all(value in constant for value in used)
-        is_cheap = is_constant or (
-            is_cheap_kind(op.op) and param_bytes <= CHEAP_PARAM_BYTES and all(value in cheap or value in example for value in used)
-        )
-        cheap.update(op.results if is_cheap else ())
-        constant.update(op.results if is_constant else ())
-        value_bytes = tuple(bytes_of.get(value, 0) for value in op.results)
-        tensors = [shapes[r.name] for r in arguments if r.name in shapes]
-        vertices.append(
-            Vertex(
-                name=lowered.names[op.results[0]],
-                op=op.op,
-                values=tuple(specs[value] for value in op.results),
-                inputs=used,
-                params=params,
-                param_bytes=param_bytes,
-                value_bytes=value_bytes,
-                activation_bytes=sum(value_bytes) + sum(bytes_of.get(value, 0) for value in used),
-                flops=estimate_flops(op.op, tensors, shapes.get(op.results[0], ())),
-                cheap=is_cheap,
-                scope=lowered.scopes[op.results[0]],
-            )
-        )
-    used_names = {p for v in vertices for p in v.params}
-    return Structure(
-        name=name,
-        sha256=_digest(lowered, {n: weights[n] for n in sorted(used_names)}, results, paths) if measured else "",
-        batch=symbols.get(BATCH, 1),
-        vertices=tuple(vertices),
-        inputs=tuple(specs[n] for n in example),
-        outputs=tuple(
-            OutputSpec(r.name, TensorSpec(path, specs[r.name].dtype, specs[r.name].shape)) for r, path in zip(results, paths, strict=True)
-        ),
-        param_sizes={n: weights[n].nbytes for n in weights if n in used_names},
-        sizes=sizes | {v.name: "" for v in lowered.values.values() if v.kind == "int" and v.name not in sizes and v.name in bytes_of},
-        symbols=symbols,
-        notes=notes,
-    )
 
 
 def _model(structure: Structure, lowered: Lowered, weights: Mapping[str, torch.Tensor], example: Mapping[str, torch.Tensor]) -> ModelGraph:
@@ -323,15 +253,3 @@ def _compare(name: str, outputs: list[tuple[str, torch.Tensor]], answers: list[t
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal in dtype, shape and every bit; all NaNs are alike."""
     return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def _digest(lowered: Lowered, weights: Mapping[str, torch.Tensor], results: list[Ref], paths: list[str]) -> str:
-    digest = hashlib.sha256()
-    for part in (lowered.operators, sorted(lowered.sizes.items()), sorted(lowered.values.items()), results, paths):
-        digest.update(repr(part).encode())
-    for name, weight in weights.items():
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        if weight.numel():
-            data = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(memoryview(data.numpy()))
-    return digest.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -66,14 +66,3 @@ def render(tree: Tree) -> str:
 def _grouped(tree: Tree) -> str:
     text = render(tree)
     return f"({text})" if isinstance(tree, tuple) and tree[0] == "add" else text
-
-
-def evaluate(tree: Tree, symbols: Mapping[str, int]) -> int:
-    if isinstance(tree, int):
-        return tree
-    if isinstance(tree, str):
-        return symbols[tree]
-    functions: dict[str, Callable[[int, int], int]] = {
-        "add": lambda a, b: a + b, "mul": lambda a, b: a * b, "floordiv": lambda a, b: a // b, "mod": lambda a, b: a % b, "max": max, "min": min,
-    }  # fmt: skip
-    return functions[tree[0]](evaluate(tree[1], symbols), evaluate(tree[2], symbols))

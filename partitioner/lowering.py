@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from partitioner.expressions import Expression, Tree, render
+from partitioner.fxnodes import as_tuple, is_whole, keeps_layout, live_nodes, placeholders, refuse_chance, scope_of, where, without_garbage
 from splitnet.errors import CaptureError
 from splitnet.graph import DEVICE, Dtype, GraphDocument, Input, Layout, MemoryFormat, Operator, Ref, Weight
 from splitnet.operators import is_allowed
@@ -62,16 +63,16 @@ class Lowering:
     def lower(self, module: GraphModule, environment: dict[Node, Any]) -> list[Any]:
         """Adds the operators of a graph whose placeholders stand in `environment` (as Ref, Weight or constant). Returns what it
         gives back."""
-        live = _live(module)
+        live = live_nodes(module)
         for node in module.graph.nodes:
             if node not in live:
                 continue
             if node.op == "output":
-                return [self._argument(item, environment, node) for item in _tuple(node.args[0])]
+                return [self._argument(item, environment, node) for item in as_tuple(node.args[0])]
             if node.op == "call_function" and node not in environment:
                 self._call(module, node, environment)
             elif node.op not in ("placeholder", "get_attr", "call_function"):
-                raise CaptureError(f"the exported graph has a {node.op} node ({node.target}){_where(node)}", remedy=_REMEDY)
+                raise CaptureError(f"the exported graph has a {node.op} node ({node.target}){where(node)}", remedy=_REMEDY)
         raise AssertionError("a graph without an output")
 
     def name(self, wanted: str) -> str:
@@ -116,25 +117,25 @@ class Lowering:
         if target is operator.getitem:
             return  # its source defined it
         op = self._operator_name(node)
-        if op in _IDENTITIES and _keeps_layout(node):
+        if op in _IDENTITIES and keeps_layout(node):
             environment[node] = self._argument(node.args[0], environment, node)
             return
-        if op == "aten.slice.Tensor" and _is_whole(node):
+        if op == "aten.slice.Tensor" and is_whole(node):
             environment[node] = self._argument(node.args[0], environment, node)
             return
         args = tuple(self._argument(a, environment, node) for a in node.args)
         kwargs = {k: self._argument(a, environment, node) for k, a in node.kwargs.items() if not (k == "pin_memory" and not a)}
-        op, args, kwargs = _without_garbage(op, args, kwargs)
+        op, args, kwargs = without_garbage(op, args, kwargs)
         if not is_allowed(op):
             chance = "draws random numbers, so that a split answer could not equal the whole" if _CHANCE.search(op) else "is not supported"
-            raise CaptureError(f"operator {op} {chance}{_where(node)}", remedy=_REMEDY)
-        _refuse_chance(op, node)
+            raise CaptureError(f"operator {op} {chance}{where(node)}", remedy=_REMEDY)
+        refuse_chance(op, node)
         self._results(node, op, args, kwargs, environment)
 
     def _results(self, node: Node, op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], environment: dict[Node, Any]) -> None:
         value = node.meta.get("val")
         if not isinstance(value, list | tuple):
-            environment[node] = self.add(op, args, kwargs, node.name, value, _scope(node))
+            environment[node] = self.add(op, args, kwargs, node.name, value, scope_of(node))
             return
         users = {user.args[1]: user for user in node.users if user.target is operator.getitem}
         out: list[str | None] = []
@@ -150,7 +151,7 @@ class Lowering:
         twins = [user for user in node.users if user.target is operator.getitem and user is not users[user.args[1]]]
         for twin in twins:
             environment[twin] = environment[users[twin.args[1]]]
-        self._append(Operator(op, args, kwargs, tuple(out)), self.name(node.name), _scope(node))
+        self._append(Operator(op, args, kwargs, tuple(out)), self.name(node.name), scope_of(node))
 
     def _operator_name(self, node: Node) -> str:
         target = node.target
@@ -214,14 +215,14 @@ class Lowering:
         match a:
             case Node():
                 if a not in environment:
-                    raise CaptureError(f"value {a.name!r} ({a.target}) cannot be expressed{_where(a)}", remedy=_REMEDY)
+                    raise CaptureError(f"value {a.name!r} ({a.target}) cannot be expressed{where(a)}", remedy=_REMEDY)
                 return environment[a]
             case list() | tuple():
                 return tuple(self._argument(item, environment, node) for item in a)
             case torch.dtype():
                 name = str(a).removeprefix("torch.")
                 if name not in DTYPES:
-                    raise CaptureError(f"operator {node.target} makes {name}, which is not supported{_where(node)}", remedy=_REMEDY)
+                    raise CaptureError(f"operator {node.target} makes {name}, which is not supported{where(node)}", remedy=_REMEDY)
                 return Dtype(name)
             case torch.device():
                 return DEVICE
@@ -230,10 +231,10 @@ class Lowering:
             case torch.memory_format():
                 return MemoryFormat(str(a).removeprefix("torch."))
             case torch.SymInt() | torch.SymFloat() | torch.SymBool():
-                raise CaptureError(f"operator {node.target} has the inline size {a}{_where(node)}", remedy=_REMEDY)
+                raise CaptureError(f"operator {node.target} has the inline size {a}{where(node)}", remedy=_REMEDY)
             case None | bool() | int() | float() | complex() | str():
                 return a
-        raise CaptureError(f"operator {node.target} has an argument {a!r:.80} of type {type(a).__name__}{_where(node)}", remedy=_REMEDY)
+        raise CaptureError(f"operator {node.target} has an argument {a!r:.80} of type {type(a).__name__}{where(node)}", remedy=_REMEDY)
 
     def _higher_order(self, module: GraphModule, node: Node, environment: dict[Node, Any]) -> None:
         name = str(node.target)
@@ -241,24 +242,24 @@ class Lowering:
             at = next(i for i, a in enumerate(node.args) if isinstance(a, Node) and a.op == "get_attr")
             body = getattr(module, str(node.args[at].target))  # type: ignore[union-attr]
             inner = dict(environment)
-            for placeholder, operand in zip(_placeholders(body), node.args[at + 1 :], strict=True):
+            for placeholder, operand in zip(placeholders(body), node.args[at + 1 :], strict=True):
                 inner[placeholder] = self._argument(operand, environment, node)
             results = self.lower(body, inner)
             for user in node.users:
                 environment[user] = results[user.args[1]]  # type: ignore[index]
         elif name == "cond":
             chosen, then, otherwise, operands = node.args
-            bodies = [self._branch(getattr(module, str(body.target)), len(_tuple(operands))) for body in (then, otherwise)]  # type: ignore[union-attr]
+            bodies = [self._branch(getattr(module, str(body.target)), len(as_tuple(operands))) for body in (then, otherwise)]  # type: ignore[union-attr]
             args = (self._argument(chosen, environment, node), *bodies, self._argument(operands, environment, node))
             self._results(node, "py.cond", args, {}, environment)
         else:
-            raise CaptureError(f"control flow {name!r} is not supported{_where(node)}", remedy=_REMEDY)
+            raise CaptureError(f"control flow {name!r} is not supported{where(node)}", remedy=_REMEDY)
 
     def _branch(self, body: GraphModule, count: int) -> GraphDocument:
         lowering = Lowering({}, set())
         environment: dict[Node, Any] = {}
         inputs = []
-        for placeholder in _placeholders(body):
+        for placeholder in placeholders(body):
             name = lowering.name(placeholder.name)
             lowering._define(name, placeholder.meta["val"], name)
             inputs.append(Input(name, lowering.result.values[name].kind))
@@ -269,91 +270,3 @@ class Lowering:
                 "a branch of cond returns a constant, or uses what it is not handed", remedy="pass tensors in, return tensors"
             )
         return GraphDocument(tuple(inputs), {}, tuple(lowering.result.operators), tuple(r.name for r in results))
-
-
-def _tuple(items: Any) -> tuple[Any, ...]:
-    return tuple(items) if isinstance(items, list | tuple) else (items,)
-
-
-def _live(module: GraphModule) -> set[Node]:
-    """What the output needs; assertions of tracing are not among it."""
-    live: set[Node] = set()
-    pending = [n for n in module.graph.nodes if n.op == "output"]
-    while pending:
-        node = pending.pop()
-        if node not in live:
-            live.add(node)
-            pending += node.all_input_nodes
-    return live
-
-
-def _placeholders(module: GraphModule) -> list[Node]:
-    return [n for n in module.graph.nodes if n.op == "placeholder"]
-
-
-def _keeps_layout(node: Node) -> bool:
-    """Whether an identity of a functional graph can go: its input has the same strides and starts its memory, so that every kernel
-    behind sees the same."""
-    source = node.args[0]
-    if node.kwargs or len(node.args) != 1 or not isinstance(source, Node):
-        return False
-    before, after = source.meta.get("val"), node.meta.get("val")
-    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
-        return False
-    alike = [str(s) for s in before.stride()] == [str(s) for s in after.stride()]
-    return alike and str(before.storage_offset()) == "0"
-
-
-def _is_whole(node: Node) -> bool:
-    """x[0:] in one dimension, as indexing leaves behind."""
-    start = node.args[2] if len(node.args) > 2 else None
-    end = node.args[3] if len(node.args) > 3 else None
-    step = node.args[4] if len(node.args) > 4 else 1
-    to_the_end = end is None or (isinstance(end, int) and end >= (1 << 63) - 1)
-    return bool(not isinstance(start, Node) and not start and to_the_end and step == 1 and not node.kwargs)
-
-
-_FILLED: dict[str, tuple[str, Callable[[tuple[Any, ...]], tuple[Any, ...]]]] = {
-    "aten.empty.memory_format": ("aten.zeros.default", lambda args: args),
-    "aten.new_empty.default": ("aten.new_zeros.default", lambda args: args),
-    "aten.empty_like.default": ("aten.zeros_like.default", lambda args: args),
-}
-
-
-def _without_garbage(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
-    """Memory that nobody wrote becomes zeros: whatever overwrites it gives the same, and nothing leaks."""
-    if op in _FILLED:
-        op, change = _FILLED[op]
-        kwargs = {k: a for k, a in kwargs.items() if k != "memory_format" or op == "aten.zeros_like.default"}
-        return op, change(args), kwargs
-    return op, args, kwargs
-
-
-def _refuse_chance(op: str, node: Node) -> None:
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return
-    given = {a.name: value for a, value in zip(target._schema.arguments, node.args, strict=False)} | dict(node.kwargs)
-    if given.get("dropout_p") or (given.get("train") is True and given.get("dropout")):
-        raise CaptureError(
-            f"operator {op} drops out at random, so that a split answer could not equal the whole{_where(node)}",
-            remedy="call module.eval()",
-        )
-    if op == "aten.batch_norm.default" and given.get("training"):
-        raise CaptureError(f"operator {op} is in training mode and changes its buffers{_where(node)}", remedy="call module.eval()")
-
-
-def _scope(node: Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    path = list(stack.values())[-1][0] if stack else ""
-    return str(path).removeprefix("L['self'].").removeprefix("module.").removeprefix("module")
-
-
-def _where(node: Node) -> str:
-    """The user's line, from the stack that export recorded."""
-    lines = re.findall(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)', node.meta.get("stack_trace") or "")
-    own = [m for m in lines if not re.search(r"[/\\]torch[/\\]|[/\\]partitioner[/\\]", m[0])] or lines
-    if not own:
-        return ""
-    filename, line, function, source = own[-1]
-    return f" (at {filename}:{line}, in {function}: {source.strip()})"
