@@ -58,7 +58,7 @@ async def measure_overhead(budget_s: float) -> pb.Overhead:
     codecs = [await asyncio.to_thread(_codec_speed, name, each_s / len(codec_names())) for name in codec_names()]
     return pb.Overhead(
         stage_s=stage_s,
-        message_s=max(hop_s - _quartile([s.seconds for s in link.samples if s.bytes == 1]) / 2, 0.0),
+        message_s=max(hop_s - _quartile([s.seconds for s in link.samples if s.bytes == 1]) / 2, 0.0) / 2,  # at either end
         request_s=max(alone_s - stage_s, 0.0),
         codecs=codecs,
     )

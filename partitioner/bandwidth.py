@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from splitnet import background
 from splitnet.channel import open_channel, stub, translated
-from splitnet.cluster import Cluster, ClusterNode, Link
+from splitnet.cluster import Cluster, ClusterNode, CodecSpeed, Link, equal_devices
 from splitnet.errors import BadCluster, BadInput, NodeUnavailable, ServiceError, SplitnetError
 from splitnet.explain import seconds_text, table
 from splitnet.rpc.v1 import node_pb2 as pb
@@ -63,11 +63,10 @@ async def survey(addresses: Sequence[str], *, budget_s: float = BUDGET_S, on_pro
             on_progress(done, total, what)
         done += 1
 
-    timed = []
+    timed: list[ClusterNode] = []
     for node in nodes:
         step(f"speed of {node.name}")
-        reply = await _measure(node, pb.MeasureRequest(compute=True, budget_s=budget_s), budget_s)
-        timed.append(ClusterNode(node.name, node.address, node.memory_bytes, node.device, node.threads, reply.seconds))
+        timed.append(await _timed(node, timed, budget_s))
     links, jitter, unreachable = [], {}, {}
     for a, b in itertools.permutations(timed, 2):
         step(f"{a.name} -> {b.name}")
@@ -81,8 +80,8 @@ async def survey(addresses: Sequence[str], *, budget_s: float = BUDGET_S, on_pro
                 f"node {a.name!r} finds node {reply.peer_name!r} at {b.address}, which is node {b.name!r}'s address from here",
                 remedy="give addresses that mean the same machine everywhere, not 127.0.0.1",
             )
-        links.append(Link(a.name, b.name, reply.bandwidth_bytes_per_s, reply.round_trip_s / 2))
-        jitter[a.name, b.name] = _jitter_s(reply)
+        links.append(Link(a.name, b.name, reply.bandwidth_bytes_per_s, reply.round_trip_s / 2, reply.jitter_s))
+        jitter[a.name, b.name] = reply.jitter_s
     if on_progress:
         on_progress(total, total, "")
     return Survey(Cluster(tuple(timed), tuple(links)), jitter, unreachable)
@@ -140,7 +139,27 @@ async def _describe(address: str) -> ClusterNode:
     async with open_channel(address) as channel:
         with translated(address):
             reply = await stub(channel).Describe(pb.DescribeRequest(), timeout=_DESCRIBE_S)
-    return ClusterNode(reply.name, address, reply.memory_limit_bytes, reply.device or "cpu", reply.threads or 1)
+    return ClusterNode(
+        reply.name,
+        address,
+        reply.memory_limit_bytes,
+        reply.device or "cpu",
+        reply.threads or 1,
+        machine=reply.machine,
+        cores=reply.cores,
+        processor=reply.processor,
+    )
+
+
+async def _timed(node: ClusterNode, before: Sequence[ClusterNode], budget_s: float) -> ClusterNode:
+    """The node with its speed, and with what it spends besides computing; that is measured once for equal devices."""
+    reply = await _measure(node, pb.MeasureRequest(compute=True, budget_s=budget_s / 2), budget_s)
+    node = dataclasses.replace(node, reference_s=reply.seconds)
+    if (twin := next((other for other in before if equal_devices(other, node)), None)) is not None:
+        return dataclasses.replace(node, stage_s=twin.stage_s, message_s=twin.message_s, request_s=twin.request_s, codecs=twin.codecs)
+    spent = (await _measure(node, pb.MeasureRequest(overhead=True, budget_s=budget_s / 2), budget_s)).overhead
+    codecs = tuple(CodecSpeed(c.name, c.encode_bytes_per_s, c.decode_bytes_per_s, c.ratio) for c in spent.codecs)
+    return dataclasses.replace(node, stage_s=spent.stage_s, message_s=spent.message_s, request_s=spent.request_s, codecs=codecs)
 
 
 async def _measure(node: ClusterNode, request: pb.MeasureRequest, budget_s: float) -> pb.MeasureReply:
@@ -150,8 +169,3 @@ async def _measure(node: ClusterNode, request: pb.MeasureRequest, budget_s: floa
                 return await stub(channel).Measure(request, timeout=budget_s + _GRACE_S)
         except SplitnetError as error:
             raise error.at(node=node.name) from None
-
-
-def _jitter_s(reply: pb.MeasureReply) -> float:
-    smallest = min((sample.bytes for sample in reply.samples), default=0)
-    return statistics.median(abs(s.seconds - reply.round_trip_s) for s in reply.samples if s.bytes == smallest) if reply.samples else 0.0

@@ -85,30 +85,60 @@ def probe(addresses: tuple[str, ...], output: Path, budget_s: float, as_json: bo
     click.echo(f"wrote {output}")
 
 
+def _measuring(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of whatever measures operators on nodes."""
+    for option in (
+        click.option("--scale", is_flag=True, help="Ask no node: scale this machine's times by the reference kernel's."),
+        click.option("--no-cache", is_flag=True, help="Neither use nor keep what was measured before (~/.cache/splitnet/profiles)."),
+        click.option("--refresh", is_flag=True, help="Measure again, and keep that."),
+        click.option(
+            "--real-weights", is_flag=True, help="Ship the model's own weights to be measured, not random ones of the same shape."
+        ),
+        click.option(
+            "--budget",
+            "budget_s",
+            type=click.FloatRange(min=0.1, max=60),
+            default=5.0,
+            show_default=True,
+            help="Seconds for each kind of node.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 @click.command()
 @click.argument("model")
-@click.option("--cluster", "cluster_file", type=_FILE, help="Add a column for each node of this cluster, by scaling.")
+@click.option(
+    "--cluster", "cluster_file", type=_FILE, help="Measure on the nodes of this cluster too, each with its own engine and threads."
+)
 @click.option("-o", "--output", type=_FILE, required=True, help="The profile to write.")
 @click.option("--batch", type=click.IntRange(min=1), help="Items per batch.  [default: as the model's example]")
 @click.option("--size", "sizes", multiple=True, type=_Size(), help="The size of another symbolic dimension, as sequence=128.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads that measure, as the nodes' --threads.")
 @click.option("--repeats", type=click.IntRange(min=1), default=10, show_default=True, help="Runs of which the median is taken.")
+@_measuring
 @click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
 def profile(
     model: str, cluster_file: Path | None, output: Path, batch: int | None, sizes: tuple[tuple[str, int], ...], threads: int,
-    repeats: int, as_json: bool,
+    repeats: int, as_json: bool, **measuring: Any,
 ) -> None:  # fmt: skip
-    """Measure the operators of MODEL on this machine.
+    """Measure the operators of MODEL on this machine, and on the nodes of a cluster.
 
-    MODEL is hf:DIR_OR_REPO, py:package.module:factory, or a .pt2 file.
+    MODEL is hf:DIR_OR_REPO, py:package.module:factory, or a .pt2 file. A node runs the model with its own engine and threads, on random
+    weights (shipping them would take longer than measuring); a node with too little memory runs it in pieces. Equal nodes are measured
+    once, and figures are kept for the next time in ~/.cache/splitnet/profiles ($XDG_CACHE_HOME).
 
     \b
     Example: a model directory, as it will be served on two threads in batches of 8
       splitnet profile hf:./minilm --batch 8 --threads 2 -o minilm.profile.json
+    \b
+    Example: on every node
+      splitnet profile hf:./minilm --cluster cluster.toml -o minilm.profile.json
     """
     cluster = Cluster.load(cluster_file) if cluster_file else None
     graph = _load(model, _sizes(batch, sizes))
-    measured = _measure(graph, cluster, threads, repeats)
+    measured = _measure(graph, cluster, threads, repeats, measuring)
     measured.save(output)
     if as_json:
         click.echo(measured.to_json(), nl=False)
@@ -130,16 +160,17 @@ def profile(
 @click.option("--forbid", multiple=True, metavar="NODE", help="Leave this node out.")
 @click.option("--batch", type=click.IntRange(min=1), help="Items per batch that the plan is made for.  [default: as the model's example]")
 @click.option("--size", "sizes", multiple=True, type=_Size(), help="The size of another symbolic dimension, as sequence=128.")
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads that measure.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads that measure on this machine.")
+@_measuring
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(
     model: str, cluster_file: Path, objective: str, output: Path, profile_file: Path | None, stages: int | None, max_stages: int | None,
     at: tuple[str, ...], nodes: tuple[str, ...], forbid: tuple[str, ...], batch: int | None, sizes: tuple[tuple[str, int], ...],
-    threads: int, as_json: bool,
+    threads: int, as_json: bool, **measuring: Any,
 ) -> None:  # fmt: skip
     """Choose where to cut MODEL for a cluster, and cut it.
 
-    MODEL is hf:DIR_OR_REPO, py:package.module:factory, or a .pt2 file. Measures the model's operators here unless a profile is
+    MODEL is hf:DIR_OR_REPO, py:package.module:factory, or a .pt2 file. Measures the model's operators on the nodes unless a profile is
     given. Writes the plan, and a folder with one shard per stage beside it: plan.json and plan.shards/.
 
     \b
@@ -164,7 +195,7 @@ def plan(
     if given and given.structure.sha256 != graph.sha256:
         raise BadPlan(f"the profile {profile_file} is of another model ({given.structure.name})", remedy="profile this model again")
     graph = at_sizes(graph, given.structure.symbols if given else wanted)
-    measured = given or _measure(graph, cluster, threads, repeats=10)
+    measured = given or _measure(graph, cluster, threads, 10 if measuring["scale"] else 3, measuring)
     chosen = partitioner.plan(
         measured, cluster, objective=objective, stages=stages, max_stages=max_stages, forbid=forbid, at=at or None, nodes=nodes or None
     )
@@ -225,12 +256,20 @@ def _sizes(batch: int | None, sizes: tuple[tuple[str, int], ...]) -> dict[str, i
     return dict(sizes) | ({"batch": batch} if batch else {})
 
 
-def _measure(graph: ModelGraph, cluster: Cluster | None, threads: int, repeats: int) -> Profile:
+def _measure(graph: ModelGraph, cluster: Cluster | None, threads: int, repeats: int, measuring: Mapping[str, Any]) -> Profile:
     import partitioner
+    from partitioner.profile_cache import ProfileCache, default_directory
+    from partitioner.profiling_nodes import Options
 
+    options = Options(
+        budget_s=measuring["budget_s"],
+        cache=None if measuring["no_cache"] else ProfileCache(default_directory()),
+        refresh=measuring["refresh"],
+        real_weights=measuring["real_weights"],
+    )
     with _bar("measuring operators") as advance:
         return partitioner.profile(
-            graph, cluster=cluster, threads=threads, repeats=repeats, on_progress=lambda done, total: advance(done, total, "")
+            graph, cluster=cluster, threads=threads, repeats=repeats, options=options, scale=measuring["scale"], on_progress=advance
         )
 
 

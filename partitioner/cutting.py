@@ -36,14 +36,14 @@ def cut(model: ModelGraph, plan: Plan, directory: str | Path) -> dict[str, Shard
     return shards
 
 
-def write_stage(model: ModelGraph, stage: StageLayout, directory: Path, *, name: str) -> Shard:
-    """Writes one stage's shard."""
+def write_stage(model: ModelGraph, stage: StageLayout, directory: Path, *, name: str, weights: Iterable[str] | None = None) -> Shard:
+    """Writes one stage's shard. `weights`: only these, for a shard that is measured and never serves (default: all)."""
     directory.mkdir(parents=True, exist_ok=True)
     members: dict[str, bytes | Path] = {"graph.json": model.document(stage).to_bytes()}
-    if stage.params:
-        weights = directory / "weights.safetensors"
-        save_file(_stored(model.weights, stage.params), str(weights))
-        members["weights.safetensors"] = weights
+    if stored := _stored(model.weights, stage.params if weights is None else weights):
+        file = directory / "weights.safetensors"
+        save_file(stored, str(file))
+        members["weights.safetensors"] = file
     return write_shard(
         directory,
         model=model.name,

@@ -7,23 +7,25 @@ import functools
 import hashlib
 import json
 import math
-import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partitioner.structure import Structure
+from splitnet import background
 from splitnet.cluster import Cluster, ClusterNode
 from splitnet.errors import BadInput, BadModel
+from splitnet.machine import processor_name
 from splitnet.reference_kernel import measure_reference
 
 if TYPE_CHECKING:
     from partitioner.graph import ModelGraph
+    from partitioner.profiling_nodes import Options
 
-__all__ = ["HERE", "PROFILE_VERSION", "Column", "Profile", "profile"]
+__all__ = ["HERE", "PROFILE_VERSION", "Column", "Profile", "matched", "profile"]
 
 PROFILE_VERSION = 1
 HERE = ""  #: the column of the machine that profiled
@@ -34,7 +36,7 @@ _WARM_UP = 2
 @dataclass(frozen=True)
 class Column:
     """Seconds of each vertex (in the structure's order) on one node, at the structure's batch, and `how` they were obtained: "measured
-    here", or "scaled ..." from that."""
+    here", "measured on node ...", or "scaled ..." from here."""
 
     seconds: tuple[float, ...]
     how: str
@@ -70,8 +72,11 @@ class Profile:
                     raise BadModel(f"{where}: operator {vertex.name!r} has {seconds} seconds")
 
     def on(self, node: ClusterNode) -> Column:
-        """The operators' times on a node: measured ones scaled by the ratio of the reference kernel's times; where the node's is not
-        known, as they are here."""
+        """The operators' times on a node: its own column; where there is none, `scaled_to`."""
+        return self.columns.get(node.name) or self.scaled_to(node)
+
+    def scaled_to(self, node: ClusterNode) -> Column:
+        """The times measured here, scaled by the ratio of the reference kernel's times; where the node's is not known, as they are."""
         here = self.columns[HERE]
         if not node.reference_s or not self.reference_s:
             return Column(here.seconds, "taken as on the machine that profiled: the node's speed is not measured")
@@ -79,8 +84,8 @@ class Profile:
         return Column(tuple(s * ratio for s in here.seconds), f"scaled by the reference kernel: {ratio:.3g}x of the machine that profiled")
 
     def for_cluster(self, cluster: Cluster) -> Profile:
-        """The same with a column for each node of the cluster."""
-        columns = {HERE: self.columns[HERE], **{node.name: self.on(node) for node in cluster.nodes}}
+        """The same with a column for each node of the cluster, by scaling."""
+        columns = {HERE: self.columns[HERE], **{node.name: self.scaled_to(node) for node in cluster.nodes}}
         return dataclasses.replace(self, columns=columns)
 
     @functools.cached_property
@@ -134,14 +139,16 @@ def profile(
     repeats: int = 10,
     threads: int = 1,
     cluster: Cluster | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    options: Options | None = None,
+    scale: bool = False,
+    on_progress: Callable[[int, int, str], None] | None = None,
 ) -> Profile:
-    """Measures every operator of the model here, at its example inputs' batch, with so many intra-op threads.
+    """Measures every operator of the model at its example inputs' batch: here, and on each node of the `cluster` (see `profiling_nodes`).
 
-    Whole runs and runs with a clock between operators take turns, `repeats` of each after two warm ones; medians are kept. The clock's
-    own cost, or the dispatch that it does not see, is spread evenly over the operators, so that they add up to the whole run. With a
-    `cluster`, a column for each of its nodes is added by scaling. `on_progress(done, total)` is called after each round. The thread
-    count of torch is put back afterwards. Raises BadInput for a count below 1.
+    Here with so many intra-op threads: whole runs and runs with a clock between operators take turns, `repeats` of each after two warm
+    ones; medians are kept. The clock's own cost, or the dispatch that it does not see, is spread evenly over the operators, so that they add
+    up to the whole run. `scale`: the nodes' columns are this machine's, scaled, and no node is asked. `on_progress(done, total, what)` is
+    called as it goes. The thread count of torch is put back afterwards. Raises BadInput for a count below 1, NodeUnavailable.
     """
     import torch
 
@@ -158,7 +165,7 @@ def profile(
     whole_s = statistics.median(whole)
     measured = Profile(
         structure=model.structure,
-        columns={HERE: Column(_matched(medians, whole_s), MEASURED_HERE)},
+        columns={HERE: Column(tuple(matched(medians, whole_s)), MEASURED_HERE)},
         device=processor_name(),
         threads=threads,
         torch=str(torch.__version__),
@@ -167,10 +174,19 @@ def profile(
         reference_s=measure_reference(threads).seconds,
         spread=statistics.median(abs(w - whole_s) for w in whole) / whole_s,
     )
-    return measured.for_cluster(cluster) if cluster else measured
+    if cluster is None:
+        return measured
+    if scale:
+        return measured.for_cluster(cluster)
+    from partitioner.profiling_nodes import Options, measure_columns  # needs a network; reading a profile does not
+
+    columns = background.run(measure_columns(model, cluster, measured, options or Options(), on_progress))
+    return dataclasses.replace(measured, columns={HERE: measured.columns[HERE], **columns})
 
 
-def _measure(model: ModelGraph, repeats: int, on_progress: Callable[[int, int], None] | None) -> tuple[dict[str, list[float]], list[float]]:
+def _measure(
+    model: ModelGraph, repeats: int, on_progress: Callable[[int, int, str], None] | None
+) -> tuple[dict[str, list[float]], list[float]]:
     each: dict[str, list[float]] = {}
     whole: list[float] = []
     for round_ in range(_WARM_UP + repeats):
@@ -184,28 +200,17 @@ def _measure(model: ModelGraph, repeats: int, on_progress: Callable[[int, int], 
             for name, seconds in times.items():
                 each.setdefault(name, []).append(seconds)
         if on_progress:
-            on_progress(round_ + 1, _WARM_UP + repeats)
+            on_progress(round_ + 1, _WARM_UP + repeats, "operators here")
     return each, whole
 
 
-def _matched(seconds: list[float], whole_s: float) -> tuple[float, ...]:
+def matched(seconds: Sequence[float], whole_s: float) -> list[float]:
     """Shifts what was measured by one constant per operator that ran, then scales what is left, so that the sum is `whole_s`."""
     ran = sum(1 for s in seconds if s > 0)
     if not ran:
-        return tuple(seconds)
+        return list(seconds)
     shift = (whole_s - math.fsum(seconds)) / ran
     # Never below a tenth of its measured time: a constant must not erase a small operator.
     shifted = [max(s + shift, s / 10) if s > 0 else 0.0 for s in seconds]
     scale = whole_s / math.fsum(shifted)
-    return tuple(s * scale for s in shifted)
-
-
-def processor_name() -> str:
-    """The processor's model where the system tells it, else its architecture."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
+    return [s * scale for s in shifted]

@@ -13,7 +13,9 @@ import tomli_w
 
 from splitnet.errors import BadCluster
 
-__all__ = ["Cluster", "ClusterNode", "CodecSpeed", "Link"]
+__all__ = ["Cluster", "ClusterNode", "CodecSpeed", "Link", "equal_devices", "same_speed"]
+
+_SAME_SPEED = 0.08  # reference times that differ by less are of equal devices
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,17 @@ class ClusterNode:
     message_s: float = 0.0
     request_s: float = 0.0
     codecs: tuple[CodecSpeed, ...] = ()
+
+
+def equal_devices(a: ClusterNode, b: ClusterNode) -> bool:
+    """Whether what is measured on one holds for the other: one kind of processor, as many threads, and nearly one speed."""
+    kinds = [(n.processor, n.device, n.threads) for n in (a, b)]
+    return bool(a.processor) and kinds[0] == kinds[1] and same_speed(a.reference_s, b.reference_s)
+
+
+def same_speed(a_s: float, b_s: float) -> bool:
+    """Whether two times of the reference kernel are those of equal devices; one that is not known equals none."""
+    return a_s > 0 and b_s > 0 and abs(a_s - b_s) <= _SAME_SPEED * min(a_s, b_s)
 
 
 @dataclass(frozen=True, slots=True)

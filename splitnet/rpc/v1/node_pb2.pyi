@@ -789,7 +789,7 @@ class Overhead(google.protobuf.message.Message):
     stage_s: builtins.float
     """handing a request to the engine and back, without the engine"""
     message_s: builtins.float
-    """one small tensor: framing it on one side and taking it apart on the other"""
+    """sending or taking one small tensor, beyond what Probe's round trips hold of it"""
     request_s: builtins.float
     """a request of a client on this machine through an empty deployment, from call to answer"""
     @property
