@@ -1,163 +1,180 @@
-"""The exact solver for operators in one order: which devices, in which order, cut where.
+"""Operators in one order: which devices, in which order, cut where, sent how. Each device takes at most one interval.
 
-Each device takes at most one interval. Dynamic programming over (set of used devices, last device, first device, position), for latency
-with sums and for throughput with maxima (Benoit, Robert, Thierry 2008-2009 prove both NP-hard in the number of devices; this is
-exponential only in that). M devices and L operators take about M^2 2^(M-2) L^2 vectorised steps: 100 x 8 about 0.1 s.
-The first device is part of the state because the answer returns to it.
+Exact where the table over all choices of devices (kinds of equal devices counted, see `kinds`) stays within `MAX_FIGURES`; beyond, the
+most promising choices of each level are kept, and the answer says that it is not exact.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import combinations
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
 
 import numpy as np
 
+from partitioner.solvers.bottleneck import Bottleneck
+from partitioner.solvers.kinds import Grouped, group, table_figures
 from partitioner.solvers.problem import Candidate, ChainProblem, Floats, Objective
-from splitnet.errors import BadInput
+from partitioner.solvers.sums import Hop, Sums
 
-__all__ = ["MAX_FIGURES", "MinMax", "MinSum", "candidates", "is_solvable", "solve_chain"]
+__all__ = ["MAX_FIGURES", "Answer", "candidates", "is_solvable", "solve_chain"]
 
-MAX_FIGURES = 1 << 26  #: of the table: half a GiB of float64
-
-
-def solve_chain(problem: ChainProblem, objective: Objective, *, stages: range | None = None) -> Candidate | None:
-    """The best plan, or None where there is none. Among plans of equal bottleneck the one of least latency, among those of equal
-    latency one of fewest stages. `stages`: how many there may be (default: any number)."""
-    return next(candidates(problem, objective, stages=stages), None)
+MAX_FIGURES = 1 << 25  #: of the table: a quarter of a GiB of float64
+_UNITS = 64  # steps of the error budget where the errors are no multiples of anything
+_WIDEST = 48  # choices of devices kept per level where all are too many
+_TRIED = 64  # quickest plans that are priced to find one within a bottleneck
 
 
-def candidates(problem: ChainProblem, objective: Objective, *, stages: range | None = None) -> Iterator[Candidate]:
-    """The best plan for each (set of devices, last device, first device), best first. The first is optimal.
+@dataclass(frozen=True)
+class Answer:
+    """`bound_s` holds for every plan of the chain problem; `exact`: the candidate reaches it."""
 
-    For throughput those of the smallest bottleneck come first, by latency, then the others by bottleneck. Raises BadInput where
-    there are too many devices for an exact answer.
-    """
-    allowed = stages or range(1, len(problem.devices) + 1)
-    compute = problem.stage_seconds()
-    travel = problem.link_seconds(problem.cut_bytes, "latency")
-    back = problem.link_seconds(np.asarray(problem.return_bytes), "latency")
-    if objective == "latency":
-        yield from MinSum(compute, travel, back, allowed).candidates()
-        return
-    busy = problem.link_seconds(problem.cut_bytes, "throughput")
-    busy_back = problem.link_seconds(np.asarray(problem.return_bytes), "throughput")
-    table = MinMax(compute, busy, busy_back, allowed)
-    narrowest = table.best_candidate()
-    if narrowest is None:
-        return
-    best = narrowest.value_s
-    quickest = MinSum(
-        np.where(compute <= best, compute, np.inf),
-        np.where(busy <= best, travel, np.inf),
-        np.where(busy_back <= best, back, np.inf),
-        allowed,
-    )
-    yield from (Candidate(best, c.cuts, c.order) for c in quickest.candidates())
-    yield from (c for c in table.candidates() if c.value_s > best)
+    candidate: Candidate | None
+    bound_s: float
+    exact: bool
 
 
-def is_solvable(devices: int, operators: int, most_stages: int) -> bool:
-    """Whether the table of so many devices, operators and stages stays within `MAX_FIGURES`."""
-    sets = sum(math.comb(devices, k) * k * k for k in range(1, min(most_stages, devices) + 1))
-    return sets * (operators + 1) <= MAX_FIGURES
+def solve_chain(
+    problem: ChainProblem, objective: Objective, *, stages: range | None = None, budget: float | None = None, bound_s: float = 0.0
+) -> Answer:
+    """The best plan. Among plans of equal bottleneck the one of least latency (where every cut has one codec to choose; else one that is
+    quick), among those of equal latency one of fewest stages. `stages`: how many there may be (default: any number). `budget`: how
+    much error the plan may add up to. `bound_s`: what is already known to be no plan's."""
+    solver = _Chain(problem, stages or range(1, len(problem.devices) + 1), budget)
+    return solver.least_latency(bound_s) if objective == "latency" else solver.least_bottleneck(bound_s)
 
 
-class _Table:
-    """best[mask][last, first, i]: the least cost of running operators [0, i) on exactly the devices of `mask`, where `last` runs the last
-    interval and `first` the first (indices into the sorted members of the mask).
+def candidates(
+    problem: ChainProblem, objective: Objective, *, stages: range | None = None, budget: float | None = None, limit_s: float = math.inf
+) -> Iterator[Candidate]:
+    """For latency: the best plan for each choice of devices, last and first kind, best first. For throughput: the quickest ones whose
+    bottleneck is at most `limit_s`."""
+    solver = _Chain(problem, stages or range(1, len(problem.devices) + 1), budget)
+    yield from solver.quickest(limit_s if objective == "throughput" else math.inf)
 
-    `compute` is (M, L+1, L+1), the cost of an interval on a device, `travel` (M, M, L+1) of a cut between two devices, `back` (M, M) of the
-    answer's return; inf where it cannot be. `join` makes one cost of two.
-    """
 
-    join: np.ufunc
+def is_solvable(problem: ChainProblem, most_stages: int) -> bool:
+    """Whether the answer will be exact."""
+    return _Chain(problem, range(1, most_stages + 1), None).width is None
 
-    def __init__(self, compute: Floats, travel: Floats, back: Floats, allowed: range) -> None:
-        self.compute, self.travel, self.back, self.allowed = compute, travel, back, allowed
-        self.devices = compute.shape[0]
-        self.length = compute.shape[1] - 1
-        self.most = min(max(allowed, default=0), self.devices, self.length)
-        if not is_solvable(self.devices, self.length, self.most):
-            raise BadInput(
-                f"{self.devices} nodes with up to {self.most} stages over {self.length} operators are too many for an exact plan",
-                remedy="allow fewer stages (max_stages), or leave out some nodes",
-            )
-        self.best: dict[int, Floats] = {}
-        for mask, members in self._sets():
-            self.best[mask] = self._extend(mask, members)
 
-    def _sets(self) -> Iterator[tuple[int, tuple[int, ...]]]:
-        for size in range(1, self.most + 1):
-            for members in combinations(range(self.devices), size):
-                yield sum(1 << d for d in members), members
+class _Chain:
+    def __init__(self, problem: ChainProblem, stages: range, budget: float | None) -> None:
+        self.whole, self.stages, self.budget = problem, stages, budget
+        self.grouped: Grouped = group(problem)
+        self.problem = self.grouped.problem
+        self.sizes = self.grouped.sizes
+        self.spends, self.units, self.measured = _units(self.problem, budget)
+        firsts = len(self.sizes) if problem.return_bytes else 1
+        most = min(max(stages, default=0), len(problem.devices), problem.length)
+        figures = table_figures(self.sizes, most, problem.length, firsts, self.units + 1)
+        self.width = None if figures <= MAX_FIGURES else _WIDEST
+        self.several = range(max(2, min(stages, default=2)), max(stages, default=0) + 1)
 
-    def _extend(self, mask: int, members: tuple[int, ...]) -> Floats:
-        size = len(members)
-        table = np.full((size, size, self.length + 1), np.inf)
-        if size == 1:
-            table[0, 0] = self.compute[members[0], 0]
-            return table
-        for last, device in enumerate(members):
-            entry = self._entry(mask, members, device)
-            for k, first in enumerate(f for f in range(size) if f != last):
-                rows = np.flatnonzero(np.isfinite(entry[k]))
-                if rows.size:
-                    table[last, first] = self.join(entry[k, rows, None], self.compute[device, rows]).min(axis=0)
-        return table
+    def least_latency(self, bound_s: float) -> Answer:
+        table = self._sums(np.inf)
+        best = self._with_single(table.best(), 0)
+        exact = best is not None and not table.dropped and self.measured
+        return Answer(best, best.value_s if best is not None and exact else bound_s, exact)
 
-    def _entry(self, mask: int, members: tuple[int, ...], device: int) -> Floats:
-        """(first, j): the least cost until what crosses position j has reached `device`, the others having run [0, j)."""
-        others = [d for d in members if d != device]
-        cost: Floats = self.join(self.best[mask ^ (1 << device)], self.travel[others, device][:, None, :]).min(axis=0)
-        return cost
+    def least_bottleneck(self, bound_s: float) -> Answer:
+        single = self._single(1)
+        table = Bottleneck(
+            self.problem, self.sizes, self.several, spends=self.spends, units=self.units, width=self.width,
+            value=self._worth() if self.width else None,
+        )  # fmt: skip
+        found, bound = table.solve(bound_s, single.value_s if single else math.inf)
+        best = self.grouped.unfold(found) if found is not None else single
+        if best is None:
+            return Answer(None, math.inf, True)
+        exact = not table.dropped and self.measured
+        if self.width is None and not self.units:
+            for quick in islice(self.quickest(best.value_s), _TRIED):
+                if self.whole.price(quick)[1] <= best.value_s:
+                    best = Candidate(best.value_s, quick.cuts, quick.order, quick.codecs)
+                    break
+        return Answer(best, min(bound, best.value_s) if exact else bound_s, exact and bound >= best.value_s)
 
-    def candidates(self) -> Iterator[Candidate]:
-        """The best for each set of devices, last and first device; best first, of equals those of fewer stages."""
-        return (self._trace(*end) for end in self._ends())
+    def quickest(self, limit: float) -> Iterator[Candidate]:
+        """Plans of least latency whose parts are at most `limit`, as far as a stage's own figures tell."""
+        yield from (self.grouped.unfold(c) for c in self._sums(limit).candidates())
 
-    def best_candidate(self) -> Candidate | None:
-        return next(self.candidates(), None)
+    def _sums(self, limit: float) -> Sums:
+        problem = self.problem
+        compute = problem.stage_seconds.copy()
+        back = problem.back_s
+        travel, wire = problem.travel_s, problem.wire_s
+        if np.isfinite(limit):
+            load = compute + problem.take_s.min(axis=0)[:, :, None] + problem.send_s.min(axis=0)[:, None, :]
+            load[:, 0, :] += problem.overheads.request_s[:, None]
+            load[:, 0, :-1] += problem.back_take_s[:, None]
+            load[:, 1:, -1] += problem.back_send_s[:, None]
+            compute[load > limit] = np.inf
+            travel = np.where(wire <= limit, travel, np.inf)
+            back = np.where(problem.back_wire_s <= limit, back, np.inf)
+        compute[:, 0, :] += problem.overheads.request_s[:, None]
+        return Sums(compute, self._hops(travel), back, self.sizes, self.stages, units=self.units, ahead=self._ahead(), width=self.width)
 
-    def _ends(self) -> list[tuple[float, int, int, int]]:
+    def _hops(self, travel: Floats) -> list[Hop]:
+        if not self.units and self.measured:
+            usable = np.where((self.spends == 0)[:, None, None], travel, np.inf)
+            codec = usable.argmin(axis=0)
+            return [Hop(codec, np.take_along_axis(usable, codec[None], axis=0)[0], np.zeros(self.problem.length + 1, dtype=np.int64))]
+        return [Hop(np.full(travel.shape[1:], c), travel[c], self.spends[c]) for c in range(len(travel))]
+
+    def _ahead(self) -> Floats:
+        """Seconds that the operators from each position on take at the least."""
+        quickest = self.problem.seconds.min(axis=0)
+        return np.concatenate([np.cumsum(quickest[::-1])[::-1], [0.0]])
+
+    def _worth(self) -> Floats:
+        """What one device of each kind is worth, then what the operators before each position are: both in shares of the busiest device's
+        time, by weights that make all kinds equally busy."""
+        total = self.problem.seconds.sum(axis=1)
+        weights = 1.0 / np.maximum(total, 1e-30)
+        scaled = (weights[:, None] * self.problem.seconds).min(axis=0)
+        capacity = float((weights * np.asarray(self.sizes)).sum())
+        pace = float(scaled.sum()) / capacity
+        return np.concatenate([weights * pace, [0.0], np.cumsum(scaled)])
+
+    def _single(self, figure: int) -> Candidate | None:
+        """The best single device; figure 0: by latency, 1: by bottleneck."""
+        if 1 not in self.stages:
+            return None
         found = []
-        for mask, members in self._sets():
-            if len(members) not in self.allowed:
-                continue
-            back = self.back[np.ix_(members, members)] if len(members) > 1 else np.zeros((1, 1))
-            total = self.join(self.best[mask][:, :, self.length], back)
-            for last, first in zip(*np.nonzero(np.isfinite(total)), strict=True):
-                found.append((float(total[last, first]), len(members), mask, int(last), int(first)))
-        return [(value, mask, last, first) for value, _, mask, last, first in sorted(found)]
+        for device in range(len(self.whole.devices)):
+            alone = Candidate(math.inf, (0, self.whole.length), (device,))
+            if self.whole.possible[device, 0, self.whole.length]:
+                found.append(Candidate(self.whole.price(alone)[figure], alone.cuts, alone.order))
+        return min(found, key=lambda c: c.value_s, default=None)
 
-    def _trace(self, value: float, mask: int, last: int, first: int) -> Candidate:
-        """Walks back from the end, choosing again what the table chose."""
-        cuts, order, end = [self.length], [], self.length
-        while True:
-            members = [d for d in range(self.devices) if mask >> d & 1]
-            device = members[last]
-            order.append(device)
-            if len(members) == 1:
-                cuts.append(0)
-                return Candidate(value, tuple(reversed(cuts)), tuple(reversed(order)))
-            first_device = members[first]
-            others = [d for d in members if d != device]
-            first = others.index(first_device)
-            reached = self.join(self.best[mask ^ (1 << device)][:, first], self.travel[others, device])  # (e, j)
-            end = int(np.argmin(self.join(reached.min(axis=0), self.compute[device, :, end])))
-            last = int(np.argmin(reached[:, end]))
-            cuts.append(end)
-            mask ^= 1 << device
+    def _with_single(self, best: Candidate | None, figure: int) -> Candidate | None:
+        single = self._single(figure)
+        if best is None or (single is not None and single.value_s <= best.value_s):
+            return single
+        return self.grouped.unfold(best)
 
 
-class MinSum(_Table):
-    """The cost of a plan is the sum of its parts."""
+def _units(problem: ChainProblem, budget: float | None) -> tuple[np.ndarray, int, bool]:
+    """(what each codec spends at each cut in whole units, how many units there are, whether that is exact). Where the errors have a common
+    measure that divides the budget into few units, it is; else they are rounded up, so that no plan exceeds the budget."""
+    error = np.where(problem.cut_bytes > 0, problem.codecs.error, 0.0)
+    if budget is None or not error.any():
+        return np.zeros(error.shape, dtype=np.int64), 0, True
+    within = error[(error > 0) & (error <= budget)]
+    if not within.size:
+        return np.where(error > 0, 1, 0).astype(np.int64), 0, True
+    fractions = [Fraction(e).limit_denominator(10**9) for e in np.unique(within)]
+    unit = Fraction(math.gcd(*(f.numerator * (_lcm(fractions) // f.denominator) for f in fractions)), _lcm(fractions))
+    units = int(Fraction(budget).limit_denominator(10**9) / unit)
+    exact = units <= _UNITS
+    step = float(unit) if exact else budget / _UNITS
+    units = units if exact else _UNITS
+    spends = np.where(error > budget * (1 + 1e-12), units + 1, np.ceil(error / step - 1e-6)).astype(np.int64)
+    return spends, units, exact
 
-    join = np.add
 
-
-class MinMax(_Table):
-    """The cost of a plan is its largest part."""
-
-    join = np.maximum
+def _lcm(fractions: list[Fraction]) -> int:
+    return math.lcm(*(f.denominator for f in fractions))

@@ -60,7 +60,7 @@ def solve(
     cost = best.cost
     reached = cost.objective_s(goal)
     everything = stage_range(len(devices), None, None)
-    if costs.is_chain and (allowed == everything or is_solvable(len(devices), len(costs.names), len(devices))):
+    if costs.is_chain and (allowed == everything or is_solvable(costs.problem, len(devices))):
         free = (
             best if allowed == everything else select(costs.problem, goal, costs.realise, costs.links, costs.names, everything, exact=True)
         )

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from partitioner.cost import Cost, evaluate
-from partitioner.solvers.chain import candidates
+from partitioner.solvers.chain import candidates, solve_chain
 from partitioner.solvers.diagnose import why_no_plan
 from partitioner.solvers.problem import Candidate, ChainProblem, Objective
 from splitnet.cluster import Link
@@ -67,10 +68,12 @@ def select(
     if 1 in stages:
         for single in _singles(problem):
             consider(single)
-    for examined, candidate in enumerate(candidates(problem, objective, stages=stages), 1):
-        consider(candidate)
-        if best is not None and (exact or examined >= _EXAMINED):
-            break
+    answer = solve_chain(problem, objective, stages=stages)
+    if answer.candidate is not None:
+        consider(answer.candidate)
+        if not exact:
+            for candidate in islice(candidates(problem, objective, stages=stages, limit_s=answer.candidate.value_s * 1.1), _EXAMINED):
+                consider(candidate)
     if best is None:
         raise refused or why_no_plan(problem, operators, stages)
     return best
