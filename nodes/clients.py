@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from nodes.outbox import Outbox
-from nodes.requests import Request
+from nodes.requests import Request, RequestKey
 from splitnet.channel import to_failure
 from splitnet.errors import SplitnetError
 from splitnet.rpc.v1 import node_pb2 as pb
@@ -46,11 +46,16 @@ class ClientStream:
 
     def refuse(self, client_id: str, error: SplitnetError, *, complete: bool) -> None:
         """Answers a request that was not taken in."""
-        self.send_failure(client_id, error)
+        self._send_failure(client_id, error)
         if not complete:
             self._ignore(client_id)
 
-    def send_failure(self, client_id: str, error: SplitnetError) -> None:
+    def fail(self, client_id: str, key: RequestKey, error: SplitnetError) -> None:
+        """Answers with a failure; what was not sent of the answer yet is forgotten."""
+        self.outbox.drop(key)
+        self._send_failure(client_id, error)
+
+    def _send_failure(self, client_id: str, error: SplitnetError) -> None:
         self.outbox.send_now(pb.Frame(request=client_id, failure=to_failure(error, client_id), end=True))
 
     async def settled(self) -> None:

@@ -10,8 +10,8 @@ import psutil
 from nodes.deployment import Deployment, Stage
 from nodes.engines import engine_names
 from nodes.installer import Installer
+from nodes.ledger import Ledger
 from nodes.link import Link, Links
-from nodes.pipeline import Pipeline
 from splitnet import __version__, wire
 from splitnet.codecs import codec_names
 from splitnet.machine import machine_id, processor_name, usable_cores
@@ -22,8 +22,8 @@ __all__ = ["Describer"]
 
 
 class Describer:
-    def __init__(self, pipeline: Pipeline, installer: Installer, links: Links) -> None:
-        self._pipeline = pipeline
+    def __init__(self, ledger: Ledger, installer: Installer, links: Links) -> None:
+        self._ledger = ledger
         self._installer = installer
         self._links = links
         self._started_s = time.monotonic()
@@ -32,8 +32,8 @@ class Describer:
 
     def describe(self, deployment: str = "") -> pb.DescribeReply:
         """`deployment`: only that one; an unknown name is answered with none."""
-        pipeline, config = self._pipeline, self._pipeline.config
-        shown = [d for d in pipeline.deployments.values() if deployment in ("", d.name)]
+        ledger, config = self._ledger, self._ledger.config
+        shown = [d for d in ledger.deployments.values() if deployment in ("", d.name)]
         return pb.DescribeReply(
             name=config.name,
             version=__version__,
@@ -46,7 +46,7 @@ class Describer:
             engines=engine_names(),
             codecs=codec_names(),
             uptime_s=time.monotonic() - self._started_s,
-            draining=pipeline.draining,
+            draining=ledger.draining,
             insecure=config.open_plaintext,
             max_message_bytes=wire.MAX_MESSAGE_BYTES,
             max_tensor_bytes=config.max_tensor_bytes,
@@ -65,7 +65,7 @@ class Describer:
             inputs=_specs(d.plan.inputs),
             outputs=_specs(output.spec for output in d.plan.outputs),
             max_in_flight=d.admission.limit,
-            in_flight=self._pipeline.requests.count(d),
+            in_flight=self._ledger.requests.count(d),
             stages=[_stage(stage) for stage in d.stages.values()],
             model=d.plan.model,
             ingress_address=d.ingress.address,

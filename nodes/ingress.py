@@ -11,11 +11,12 @@ import numpy as np
 
 from nodes.clients import ClientStream
 from nodes.deployment import Deployment
+from nodes.ledger import Ledger
 from nodes.outbox import EncodedTensor, Parcel
 from nodes.pipeline import Pipeline
 from nodes.requests import Answer, Request, RequestKey
 from splitnet.codecs import Buffer
-from splitnet.errors import AlreadyExists, BadInput, DeadlineExceeded, NodeUnavailable, NotFound, ProtocolError, SplitnetError, UserError
+from splitnet.errors import AlreadyExists, BadInput, DeadlineExceeded, NodeUnavailable, NotFound, ProtocolError, SplitnetError
 from splitnet.plan import CLIENT
 from splitnet.rpc.v1 import node_pb2 as pb
 
@@ -26,9 +27,10 @@ _KEPT = 40  # characters of the client's id that stand in the nodes' own, for pe
 
 
 class Ingress:
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(self, ledger: Ledger, pipeline: Pipeline) -> None:
+        self._ledger = ledger
         self._pipeline = pipeline
-        self._log = pipeline.log
+        self._log = ledger.log
         self._epoch = secrets.token_hex(4)  # so that ids of an earlier process of this node do not come again
         self._numbers = itertools.count()
         pipeline.ingress = self
@@ -47,18 +49,18 @@ class Ingress:
             try:
                 request = self._admit(client, frame)
             except SplitnetError as error:
-                error.at(node=self._pipeline.config.name, request=client_id)
+                error.at(node=self._ledger.config.name, request=client_id)
                 self._log.info("request refused", request=client_id, kind=type(error).__name__, error=error.message)
                 client.refuse(client_id, error, complete=frame.end)
                 return
         assert request.answer is not None
         if frame.HasField("cancel") or frame.HasField("failure"):
             request.answer.received = True
-            self._pipeline.cancel(request, frame.cancel.reason or "cancelled by the client")
+            self._ledger.cancel(request, frame.cancel.reason or "cancelled by the client")
             return
         if request.answer.received:
             request.answer.received = frame.end
-            self._pipeline.fail(
+            self._ledger.fail(
                 request, AlreadyExists(f"request {client_id!r} is still being answered", remedy="give every request its own id")
             )
             return
@@ -69,31 +71,27 @@ class Ingress:
             if frame.end and request.live:
                 self._begin(request, request.answer)
         except SplitnetError as error:
-            self._pipeline.fail(request, error)
+            self._ledger.fail(request, error)
 
     def client_gone(self, client: ClientStream) -> None:
         for request in list(client.requests.values()):
-            self._pipeline.cancel(request, "the client has gone away")
+            self._ledger.cancel(request, "the client has gone away")
 
     def _admit(self, client: ClientStream, frame: pb.Frame) -> Request:
         deployment = self._deployment(frame.deployment)
-        pipeline = self._pipeline
-        if pipeline.draining or deployment.draining:
+        if self._ledger.draining or deployment.draining:
             raise NodeUnavailable(
                 "the node is being stopped and takes no new requests", remedy="try again once it has been started and deployed to"
             )
-        timeout_s, limit_s = frame.timeout_s, pipeline.config.request_s
-        if not math.isfinite(timeout_s):
-            raise BadInput(f"timeout_s is {timeout_s}", remedy="give a number of seconds, or 0 for the node's limit")
-        if timeout_s < 0:
+        if not math.isfinite(frame.timeout_s):
+            raise BadInput(f"timeout_s is {frame.timeout_s}", remedy="give a number of seconds, or 0 for the node's limit")
+        if frame.timeout_s < 0:
             raise DeadlineExceeded("the request's time had run out before it came", remedy="give it more time")
         deployment.admission.enter()
-        now_s = pipeline.loop.time()
         key = RequestKey(deployment.name, deployment.ingress.name, f"{frame.request[:_KEPT]}-{self._epoch}-{next(self._numbers):x}")
-        request = Request(key, deployment, now_s + (min(timeout_s, limit_s) if timeout_s else limit_s), pipeline.buffers)
-        request.answer = Answer(client, frame.request, now_s, awaited=set(deployment.outputs))
+        request = self._ledger.open(key, deployment, frame.timeout_s)
+        request.answer = Answer(client, frame.request, self._ledger.loop.time(), awaited=set(deployment.outputs))
         client.add(frame.request, request)
-        pipeline.watch(request)
         for link in deployment.links.values():
             if not link.connected:
                 link.hurry()  # and fail soon, if it cannot be
@@ -101,7 +99,7 @@ class Ingress:
 
     def _deployment(self, name: str) -> Deployment:
         """The deployment of that name; without a name the only one whose ingress this node is."""
-        deployments = self._pipeline.deployments
+        deployments = self._ledger.deployments
         mine = [d for d in deployments.values() if d.is_ingress]
         if not name and len(mine) == 1:
             return mine[0]
@@ -169,7 +167,7 @@ class Ingress:
                 tensor,
                 envelope,
                 lambda parcel: self._sent(request, parcel),
-                lambda _, error: self._pipeline.fail(request, error),
+                lambda _, error: self._ledger.fail(request, error),
                 end,
             )
             request.hold(parcel, array.nbytes)
@@ -178,22 +176,4 @@ class Ingress:
     def _sent(self, request: Request, parcel: Parcel) -> None:
         request.free(parcel)
         if parcel.end and request.answer is not None:
-            self._pipeline.end(request, self._pipeline.loop.time() - request.answer.started_s)
-
-    def refuse(self, request: Request, error: SplitnetError) -> None:
-        """Tells the client that the request has failed. It is ended by the caller."""
-        answer = request.answer
-        assert answer is not None
-        error.request = answer.client_id
-        tell = self._log.info if isinstance(error, UserError) else self._log.warning
-        tell(
-            "request failed",
-            request=answer.client_id,
-            deployment=request.key.deployment,
-            kind=type(error).__name__,
-            error=error.message,
-            at=error.node,
-            stage=error.stage,
-        )
-        answer.client.outbox.drop(request.key)
-        answer.client.send_failure(answer.client_id, error)
+            self._ledger.end(request, self._ledger.loop.time() - request.answer.started_s)

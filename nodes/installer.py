@@ -12,8 +12,8 @@ from nodes.compute import ComputeThread
 from nodes.deployment import Deployment, Stage, routes
 from nodes.engines import load_engine
 from nodes.engines.base import Engine
+from nodes.ledger import Ledger
 from nodes.link import Links
-from nodes.pipeline import Pipeline
 from nodes.store import BlobStore
 from splitnet.errors import AlreadyExists, BadPlan, BadShard, Cancelled, InsufficientMemory, NodeUnavailable, NotFound, SplitnetError
 from splitnet.plan import NodeRef, Plan, StageSpec
@@ -28,10 +28,10 @@ _BUFFERED_REQUESTS = 2  # whose inputs a stage holds at the least: one computes 
 class Installer:
     """One thing at a time: what a deployment reserves is decided before the next one is looked at."""
 
-    def __init__(self, pipeline: Pipeline, store: BlobStore, compute: ComputeThread, links: Links) -> None:
-        self._pipeline = pipeline
-        self._config = pipeline.config
-        self._log = pipeline.log
+    def __init__(self, ledger: Ledger, store: BlobStore, compute: ComputeThread, links: Links) -> None:
+        self._ledger = ledger
+        self._config = ledger.config
+        self._log = ledger.log
         self._store = store
         self._compute = compute
         self._links = links
@@ -39,7 +39,7 @@ class Installer:
 
     @property
     def reserved_bytes(self) -> int:
-        return sum(deployment.reserved_bytes for deployment in self._pipeline.deployments.values())
+        return sum(deployment.reserved_bytes for deployment in self._ledger.deployments.values())
 
     async def activate(self, name: str, plan_json: bytes, node: str, shards: Mapping[str, str]) -> tuple[Deployment, float]:
         """The deployment, and how long loading took (0 where it was active already). Nothing is left behind when this raises:
@@ -51,9 +51,9 @@ class Installer:
             raise BadPlan("the deployment has no name" if not name else f"no stage of the plan is on node {node!r}")
         wanted = {spec.name: _shard_name(spec, shards) for spec in specs}
         async with self._lock:
-            if self._pipeline.draining:
+            if self._ledger.draining:
                 raise NodeUnavailable("the node is being stopped", remedy="start it again")
-            if (active := self._pipeline.deployments.get(name)) is not None:
+            if (active := self._ledger.deployments.get(name)) is not None:
                 self._check_same(active, plan, own, wanted)
                 for link in active.links.values():
                     link.hurry()
@@ -64,20 +64,18 @@ class Installer:
         """Takes no new requests for the deployment, waits up to `drain_s` for those in flight, cancels the rest (how many is
         returned), and lets go of its engines. Raises NotFound."""
         async with self._lock:
-            deployment = self._pipeline.deployments.get(name)
+            deployment = self._ledger.deployments.get(name)
             if deployment is None:
                 raise NotFound(f"no deployment {name!r} here", remedy="see `splitnet status` for what is deployed")
             deployment.draining = True
-            await self._pipeline.idle(drain_s, deployment)
-            cancelled = self._pipeline.cancel_all(
-                deployment, lambda: Cancelled(f"deployment {name!r} was unloaded", remedy="deploy it again")
-            )
-            del self._pipeline.deployments[name]
+            await self._ledger.idle(drain_s, deployment)
+            cancelled = self._ledger.fail_all(deployment, lambda: Cancelled(f"deployment {name!r} was unloaded", remedy="deploy it again"))
+            del self._ledger.deployments[name]
             for link in deployment.links.values():
                 await self._links.release(link)
             await self._compute.call(lambda: deployment.forget_engines())
             if delete_blobs:
-                in_use = {stage.shard for d in self._pipeline.deployments.values() for stage in d.stages.values()}
+                in_use = {stage.shard for d in self._ledger.deployments.values() for stage in d.stages.values()}
                 await asyncio.to_thread(self._store.delete_unused, in_use)
         self._log.info("unloaded", deployment=name, cancelled=cancelled)
         return cancelled
@@ -112,7 +110,7 @@ class Installer:
         }
         deployment = Deployment(name, plan, plan.sha256, own, stages, Admission(plan.max_in_flight))
         deployment.links = {node.name: self._links.take(own, node) for node in deployment.neighbours()}
-        self._pipeline.deployments[name] = deployment
+        self._ledger.deployments[name] = deployment
         load_s = time.perf_counter() - started
         self._log.info(
             "activated", deployment=name, stages=sorted(stages), reserved_bytes=deployment.reserved_bytes, load_s=round(load_s, 3)

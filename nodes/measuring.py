@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from nodes.compute import ComputeThread
+from nodes.ledger import Ledger
 from nodes.measuring_operators import OperatorTimer
 from nodes.measuring_overhead import measure_overhead
-from nodes.pipeline import Pipeline
 from nodes.store import BlobStore
 from splitnet.channel import open_channel, stub, translated
 from splitnet.errors import BadInput
@@ -22,10 +22,10 @@ _LONGEST_BUDGET_S = 60.0
 
 
 class Measurer:
-    def __init__(self, pipeline: Pipeline, store: BlobStore, compute: ComputeThread) -> None:
-        self._threads = pipeline.config.threads
+    def __init__(self, ledger: Ledger, store: BlobStore, compute: ComputeThread) -> None:
+        self._threads = ledger.config.threads
         self._compute = compute
-        self._operators = OperatorTimer(pipeline, store, compute)
+        self._operators = OperatorTimer(ledger, store, compute)
 
     async def measure(self, request: pb.MeasureRequest) -> pb.MeasureReply:
         """Raises BadInput for a request that asks for nothing, and what the measurement raises."""

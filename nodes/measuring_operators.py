@@ -24,7 +24,7 @@ from splitnet.shard import Shard, check_member
 
 if TYPE_CHECKING:
     from nodes.compute import ComputeThread
-    from nodes.pipeline import Pipeline
+    from nodes.ledger import Ledger
     from nodes.store import BlobStore
 
 __all__ = ["OperatorTimer"]
@@ -40,8 +40,8 @@ _Arrays = dict[str, np.ndarray]
 class OperatorTimer:
     """One measurement at a time: a second one would only disturb the first."""
 
-    def __init__(self, pipeline: Pipeline, store: BlobStore, compute: ComputeThread) -> None:
-        self._pipeline = pipeline
+    def __init__(self, ledger: Ledger, store: BlobStore, compute: ComputeThread) -> None:
+        self._ledger = ledger
         self._store = store
         self._compute = compute
         self._busy = False
@@ -68,7 +68,7 @@ class OperatorTimer:
 
     async def _piece(self, shard: Shard, values: _Arrays, budget_s: float) -> pb.OperatorsReply:
         self._check_memory(shard, sum(array.nbytes for array in values.values()))
-        timing = _Timing(shard, self._pipeline.config.threads, self._pipeline.config.engine)
+        timing = _Timing(shard, self._ledger.config.threads, self._ledger.config.engine)
         end = time.perf_counter() + budget_s
         try:
             await self._compute.call(timing.load)
@@ -86,8 +86,8 @@ class OperatorTimer:
             await self._compute.call(timing.forget)
 
     def _check_memory(self, shard: Shard, held_bytes: int) -> None:
-        limit = self._pipeline.config.memory_bytes
-        used = sum(deployment.reserved_bytes for deployment in self._pipeline.deployments.values())
+        limit = self._ledger.config.memory_bytes
+        used = sum(deployment.reserved_bytes for deployment in self._ledger.deployments.values())
         needed = shard.manifest.param_bytes + shard.manifest.activation_bytes + held_bytes
         if limit and used + needed > limit:
             raise InsufficientMemory(

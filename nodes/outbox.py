@@ -20,6 +20,7 @@ from splitnet.wire import Message, tensor_chunks
 __all__ = ["EncodedTensor", "Outbox", "Parcel"]
 
 _INLINE_BYTES = 1 << 16  # encoding less than this takes less time than handing it to another thread
+_MAX_URGENT = 10_000
 _Chunk = tuple[pb.TensorChunk, Buffer]
 _Write = Callable[[Message], Awaitable[None]]
 
@@ -109,7 +110,10 @@ class Outbox:
         self._idle.set()
 
     def send_now(self, frame: pb.Frame) -> None:
-        """A frame without payload that overtakes all tensors: a failure, a cancellation."""
+        """A frame without payload that overtakes all tensors: a failure, a cancellation. Where so many wait that the far side cannot
+        be reading, the oldest is forgotten: it has its deadlines."""
+        if len(self._urgent) >= _MAX_URGENT:
+            self._urgent.popleft()
         self._urgent.append(frame)
         self._rouse()
 
@@ -133,6 +137,11 @@ class Outbox:
             self.drop(key)
         self._turns.clear()
         self._idle.set()
+
+    @property
+    def backlog(self) -> int:
+        """Frames of `send_now` that have not been sent."""
+        return len(self._urgent)
 
     @property
     def waiting(self) -> int:

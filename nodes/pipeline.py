@@ -7,7 +7,6 @@ it, and drop what they are told to drop.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import time
 from collections import Counter
@@ -17,19 +16,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nodes.admission import Buffers
 from nodes.compute import ComputeThread
-from nodes.config import NodeConfig
 from nodes.deployment import Deployment, Route, Stage
-from nodes.link import Link
-from nodes.logs import Log
+from nodes.ledger import Ledger
 from nodes.outbox import EncodedTensor, Parcel
-from nodes.requests import Request, RequestKey, Requests
+from nodes.requests import Request, RequestKey
 from splitnet.codecs import Buffer
-from splitnet.errors import DeadlineExceeded, EngineFailure, NodeUnavailable, NotFound, Overloaded, ProtocolError, SplitnetError
-from splitnet.plan import CLIENT, NodeRef
+from splitnet.errors import EngineFailure, NodeUnavailable, NotFound, Overloaded, ProtocolError, SplitnetError
+from splitnet.plan import CLIENT
 from splitnet.rpc.v1 import node_pb2 as pb
-from splitnet.tensors import TensorSpec, dtype_name
+from splitnet.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from nodes.ingress import Ingress
@@ -41,66 +37,52 @@ _SPARE = 8
 
 
 class Pipeline:
-    """The requests of all deployments on this node. Every method is to be called in the event loop."""
+    """What a request does on this node; how it ends stands in `nodes.ledger`."""
 
     ingress: Ingress  #: set by it
 
-    def __init__(self, config: NodeConfig, compute: ComputeThread, pool: Executor, log: Log) -> None:
-        self.config = config
+    def __init__(self, ledger: Ledger, compute: ComputeThread, pool: Executor) -> None:
         self.pool = pool
-        self.log = log
-        self.deployments: dict[str, Deployment] = {}
-        self.requests = Requests()
-        self.buffers = Buffers(config.buffer_bytes)
-        self.draining = False
-        self.loop = asyncio.get_running_loop()
+        self._ledger = ledger
+        self._loop = ledger.loop
+        self._max_tensor_bytes = ledger.config.max_tensor_bytes
         self._compute = compute
-        self._ended = asyncio.Event()
-        self._senders: dict[NodeRef, object] = {}
 
     # ------------------------------------------------------------------------------------------------------------- receive
 
     async def take(self, key: RequestKey, stage: str, chunk: pb.TensorChunk, payload: Buffer, timeout_s: float) -> None:
         """A chunk from another node. Raises NotFound or ProtocolError for what no ingress can be told about: the sender must be."""
-        deployment = self.deployments.get(key.deployment)
+        deployment = self._ledger.deployments.get(key.deployment)
         if deployment is None:
             raise NotFound(f"this node does not serve deployment {key.deployment!r}", remedy="deploy the plan again: `splitnet deploy`")
         if key.ingress != deployment.ingress.name:
             raise ProtocolError(
                 f"the ingress of {key.deployment!r} is {deployment.ingress.name!r}, not {key.ingress!r}", remedy="deploy the plan again"
             )
-        request = self.requests.get(key)
+        request = self._ledger.requests.get(key)
         if request is None:
-            if self.requests.has_ended(key) or deployment.is_ingress:
+            if self._ledger.requests.has_ended(key) or deployment.is_ingress:
                 return  # late
             try:
                 request = self._open(key, deployment, timeout_s)
             except SplitnetError as error:
-                self.requests.forget(key)
-                self._report(deployment, key, error)
+                self._ledger.requests.forget(key)
+                self._ledger.report(deployment, key, error)
                 return
         try:
             array = await self.decode(request, stage, self._awaited(request, stage, chunk.name), chunk, payload)
             if array is not None:
                 self._arrive(request, stage, chunk.name, array)
         except SplitnetError as error:
-            self.fail(request, error.at(stage=stage))
+            self._ledger.fail(request, error.at(stage=stage))
 
     def _open(self, key: RequestKey, deployment: Deployment, timeout_s: float) -> Request:
-        if self.draining or deployment.draining:
+        if self._ledger.draining or deployment.draining:
             raise NodeUnavailable("the node is being stopped", remedy="try again once it has been started and deployed to")
         # The ingress keeps to max_in_flight; it may be ahead by what is already answered there and not yet put away here.
-        if self.requests.count(deployment) >= 2 * deployment.admission.limit + _SPARE:
+        if self._ledger.requests.count(deployment) >= 2 * deployment.admission.limit + _SPARE:
             raise Overloaded("more requests came from the ingress than max_in_flight allows", retry_after_s=0.1)
-        limit_s = self.config.request_s
-        request = Request(key, deployment, self.loop.time() + (min(timeout_s, limit_s) if timeout_s > 0 else limit_s), self.buffers)
-        self.watch(request)
-        return request
-
-    def watch(self, request: Request) -> None:
-        """From here on it is live, and ends at its deadline at the latest."""
-        self.requests.add(request)
-        request.timer = self.loop.call_at(request.deadline_s, self._expired, request)
+        return self._ledger.open(key, deployment, timeout_s)
 
     def _awaited(self, request: Request, stage: str, name: str) -> TensorSpec | None:
         """What a tensor must look like; None for a part of the answer, which the stage that made it has checked."""
@@ -130,15 +112,18 @@ class Pipeline:
         """Puts the chunk in its place; the tensor once it is whole. `check` sees it (its header, in effect) before it is filled.
         None also when the request has ended meanwhile."""
         started = time.perf_counter()
-        assembler, new = request.assembler(stage, chunk, self.config.max_tensor_bytes)
-        if new:
-            _check_header(assembler.array(), spec)
-            if check is not None:
-                check(assembler.array())
+        assembler, new = request.assembler(stage, chunk, self._max_tensor_bytes)
+        if new and spec is not None and (chunk.dtype != spec.dtype or len(chunk.shape) != len(spec.shape)):
+            raise ProtocolError(
+                f"value {spec.name!r}: expected {spec.dtype} with {len(spec.shape)} dimensions, got {chunk.dtype} {tuple(chunk.shape)}",
+                remedy="cut and deploy the model again",
+            )
+        if new and check is not None:
+            check(assembler.array())
         if len(payload) == chunk.length or chunk.length < _INLINE_BYTES:  # as good as raw
             whole = assembler.add(chunk, payload)
         else:
-            whole = await self.loop.run_in_executor(self.pool, assembler.add, chunk, payload)
+            whole = await self._loop.run_in_executor(self.pool, assembler.add, chunk, payload)
         if stage != CLIENT:
             request.deployment.stages[stage].decode_s += time.perf_counter() - started
         if not (whole and request.live):
@@ -166,7 +151,7 @@ class Pipeline:
         """In the compute thread."""
         started = time.perf_counter()
         outcome: dict[str, np.ndarray] | SplitnetError | None = None
-        if request.live and self.loop.time() < request.deadline_s:  # else nobody waits for it any more
+        if request.live and self._loop.time() < request.deadline_s:  # else nobody waits for it any more
             try:
                 outcome = stage.engine.run(inputs)
             except SplitnetError as error:
@@ -188,7 +173,7 @@ class Pipeline:
             outcome = EngineFailure(f"the shard did not produce {missing[0]!r}", remedy="cut and deploy the model again")
         if isinstance(outcome, SplitnetError):
             stage.failures += 1
-            self.fail(request, outcome.at(stage=stage.spec.name))
+            self._ledger.fail(request, outcome.at(stage=stage.spec.name))
             return
         if not request.live:
             return
@@ -207,7 +192,7 @@ class Pipeline:
             for name, targets in routes.items():
                 self._deliver(request, name, values[name], targets, stage)
         except SplitnetError as error:
-            self.fail(request, error.at(stage=stage.spec.name if stage else ""))
+            self._ledger.fail(request, error.at(stage=stage.spec.name if stage else ""))
         self._close_if_done(request)
 
     def _deliver(self, request: Request, name: str, array: np.ndarray, targets: tuple[Route, ...], stage: Stage | None) -> None:
@@ -224,7 +209,7 @@ class Pipeline:
             self._close_if_done(request)
 
         def failed(parcel: Parcel, error: SplitnetError) -> None:
-            self.fail(request, error.at(stage=stage.spec.name if stage else ""))
+            self._ledger.fail(request, error.at(stage=stage.spec.name if stage else ""))
 
         for route in targets:
             if not request.live:
@@ -237,164 +222,6 @@ class Pipeline:
                 link = request.deployment.links[route.node]
                 request.hold(link.send(request.key, route.stage, request.deadline_s, encoded[route.codec], sent, failed), array.nbytes)
 
-    # ----------------------------------------------------------------------------------------------------------------- end
-
     def _close_if_done(self, request: Request) -> None:
         if request.live and request.answer is None and request.done:
-            self.end(request)
-
-    def fail(self, request: Request, error: SplitnetError) -> None:
-        """Ends the request here and, through its ingress, everywhere."""
-        if not request.live:
-            return
-        error.at(node=request.deployment.node.name, request=request.key.request)
-        if request.answer is not None:
-            self.ingress.refuse(request, error)
-            self._tell_others(request, error.message)
-        else:
-            self._report(request.deployment, request.key, error)
-        self.end(request)
-
-    def cancel(self, request: Request, reason: str) -> None:
-        """At the ingress: ends the request everywhere, and tells the client nothing."""
-        if request.live:
-            self.log.info("request cancelled", request=request.key.request, deployment=request.key.deployment, reason=reason)
-            self._tell_others(request, reason)
-            self.end(request)
-
-    def dropped_by_ingress(self, key: RequestKey) -> None:
-        request = self.requests.get(key)
-        if request is not None:
-            self.end(request)
-        else:
-            self.requests.forget(key)  # the cancellation has overtaken the tensors
-
-    def failed_elsewhere(self, key: RequestKey, error: SplitnetError) -> None:
-        request = self.requests.get(key)
-        if request is not None:
-            self.fail(request, error)
-
-    def end(self, request: Request, service_s: float | None = None) -> None:
-        """Frees everything that the request holds here. `service_s`: how long its answer took, at the ingress."""
-        if not request.live:
-            return
-        request.end()
-        self.requests.forget(request.key)
-        for link in request.deployment.links.values():
-            link.outbox.drop(request.key)
-        if request.answer is not None:
-            request.deployment.admission.leave(service_s)
-            request.answer.client.remove(request.answer.client_id, complete=request.answer.received)
-        self._ended.set()
-
-    async def idle(self, timeout_s: float, deployment: Deployment | None = None) -> bool:
-        """Waits until no request (of that deployment) is live; False when the time runs out first."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while self.requests.count(deployment):
-                    self._ended.clear()
-                    await self._ended.wait()
-        except TimeoutError:
-            return False
-        return True
-
-    def cancel_all(self, deployment: Deployment | None, error: Callable[[], SplitnetError]) -> int:
-        """Fails what is still in flight; returns how many requests that were."""
-        requests = [request for request in self.requests if deployment is None or request.deployment is deployment]
-        for request in requests:
-            self.fail(request, error())
-        return len(requests)
-
-    def _expired(self, request: Request) -> None:
-        if request.answer is None:
-            self.end(request)  # the ingress has noticed by itself
-            return
-        waiting = ", ".join(sorted(request.answer.awaited)) or "inputs"
-        self.fail(
-            request,
-            DeadlineExceeded(
-                f"the request's time ran out; still missing: {waiting}",
-                remedy="give it more time, or see `splitnet status` for the slowest stage",
-            ),
-        )
-
-    def _report(self, deployment: Deployment, key: RequestKey, error: SplitnetError) -> None:
-        self.log.warning(
-            "request failed",
-            deployment=key.deployment,
-            kind=type(error).__name__,
-            error=error.message,
-            stage=error.stage,
-            request=key.request,
-        )
-        error.at(node=deployment.node.name)
-        if (link := deployment.links.get(key.ingress)) is not None:
-            link.send_failure(key, error)
-
-    def _tell_others(self, request: Request, reason: str) -> None:
-        for link in request.deployment.links.values():
-            link.outbox.drop(request.key)
-            link.send_cancel(request.key, reason)
-
-    # --------------------------------------------------------------------------------------------------- nodes that go away
-
-    def link_down(self, link: Link, error: SplitnetError, lost: list[RequestKey]) -> None:
-        may_be_lost = set(lost)
-        for request in self.requests:
-            deployment = request.deployment
-            if deployment.links.get(link.target.name) is not link:
-                continue
-            if deployment.is_ingress or (link.target != deployment.ingress and request.key in may_be_lost):
-                self.fail(request, _gone(deployment, link.target, error))
-            elif link.target == deployment.ingress:
-                self.end(request)
-            may_be_lost.discard(request.key)
-        for key in may_be_lost:  # sent from here to the last byte, and perhaps never received
-            known = self.deployments.get(key.deployment)
-            if known is not None and not known.is_ingress and link.target != known.ingress:
-                self._report(known, key, _gone(known, link.target, error))
-
-    def refused(self, link: Link, key: RequestKey, error: SplitnetError) -> None:
-        """The far side could not take what this node sent."""
-        deployment = self.deployments.get(key.deployment)
-        if deployment is None:
-            return
-        error.at(node=link.target.name)
-        if deployment.is_ingress:
-            self.failed_elsewhere(key, error)
-        else:
-            self._report(deployment, key, error)
-
-    def sender_opened(self, sender: NodeRef) -> object:
-        """A node has opened its Forward stream to this one. It has given up whatever it sent on an earlier one."""
-        self._drop_requests_of(sender)
-        self._senders[sender] = token = object()
-        return token
-
-    def sender_closed(self, sender: NodeRef, token: object) -> None:
-        if self._senders.get(sender) is token:
-            del self._senders[sender]
-            self._drop_requests_of(sender)
-
-    def _drop_requests_of(self, ingress: NodeRef) -> None:
-        for request in self.requests:
-            if request.answer is None and request.deployment.ingress == ingress:
-                self.end(request)
-
-
-def _check_header(array: np.ndarray, spec: TensorSpec | None) -> None:
-    if spec is not None and (dtype_name(array.dtype) != spec.dtype or array.ndim != len(spec.shape)):
-        raise ProtocolError(
-            f"value {spec.name!r}: expected {spec.dtype} with {len(spec.shape)} dimensions, got {array.dtype} {array.shape}",
-            remedy="cut and deploy the model again",
-        )
-
-
-def _gone(deployment: Deployment, node: NodeRef, error: SplitnetError) -> NodeUnavailable:
-    stages = deployment.stages_on(node.name)
-    return NodeUnavailable(
-        f"the connection to {node.address} is gone: {error.message}",
-        remedy=f"start the node {node.name!r} again and deploy the plan again, or make a plan without it",
-        node=node.name,
-        stage=stages,
-    )
+            self._ledger.end(request)

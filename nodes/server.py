@@ -20,6 +20,7 @@ from nodes.deployment import Deployment
 from nodes.describe import Describer
 from nodes.ingress import Ingress
 from nodes.installer import Installer
+from nodes.ledger import Ledger
 from nodes.link import Links
 from nodes.logs import Log
 from nodes.pipeline import Pipeline
@@ -61,11 +62,14 @@ class NodeServer:
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL_S))
         self.compute = ComputeThread(asyncio.get_running_loop())
         self._pool = ThreadPoolExecutor(_CODEC_THREADS, thread_name_prefix="splitnet-codec")
-        self.pipeline = Pipeline(config, self.compute, self._pool, log)
-        self._links = Links(self.pipeline, log)
-        ingress = Ingress(self.pipeline)
-        installer = Installer(self.pipeline, store, self.compute, self._links)
-        self._servicer = Servicer(self.pipeline, ingress, installer, Describer(self.pipeline, installer, self._links), store, self.compute)
+        self.ledger = Ledger(config, log)
+        pipeline = Pipeline(self.ledger, self.compute, self._pool)
+        self._links = Links(self.ledger, log)
+        ingress = Ingress(self.ledger, pipeline)
+        installer = Installer(self.ledger, store, self.compute, self._links)
+        self._servicer = Servicer(
+            self.ledger, pipeline, ingress, installer, Describer(self.ledger, installer, self._links), store, self.compute
+        )
         self._health = health.aio.HealthServicer()
         add_to_server(self._servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -82,15 +86,15 @@ class NodeServer:
     def serve_directly(self, deployment: Deployment) -> None:
         """Serves a deployment that was not shipped here: the node's own measurements."""
         deployment.links = {node.name: self._links.take(deployment.node, node) for node in deployment.neighbours()}
-        self.pipeline.deployments[deployment.name] = deployment
+        self.ledger.deployments[deployment.name] = deployment
 
     async def drain(self) -> bool:
         """Takes nothing new, finishes what is in flight; False when `drain_s` was not enough."""
-        self.pipeline.draining = True
+        self.ledger.draining = True
         for service in ("", SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
-        self._log.info("draining", in_flight=self.pipeline.requests.count(), at_most_s=self.config.drain_s)
-        done = await self.pipeline.idle(self.config.drain_s)
+        self._log.info("draining", in_flight=self.ledger.requests.count(), at_most_s=self.config.drain_s)
+        done = await self.ledger.idle(self.config.drain_s)
         with suppress(TimeoutError):
             async with asyncio.timeout(_LAST_BYTES_S):
                 await asyncio.gather(*(client.outbox.flushed() for client in self._servicer.clients))
@@ -98,7 +102,7 @@ class NodeServer:
 
     async def stop(self) -> None:
         """Fails what is still in flight, tells everybody, and lets go of everything."""
-        cancelled = self.pipeline.cancel_all(None, lambda: NodeUnavailable("the node was stopped", remedy=_REMEDY))
+        cancelled = self.ledger.fail_all(None, lambda: NodeUnavailable("the node was stopped", remedy=_REMEDY))
         if cancelled:
             self._log.warning("requests failed: the node was stopped", requests=cancelled)
             await asyncio.sleep(_LAST_BYTES_S)

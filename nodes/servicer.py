@@ -15,6 +15,7 @@ from nodes.compute import ComputeThread
 from nodes.describe import Describer
 from nodes.ingress import Ingress
 from nodes.installer import Installer
+from nodes.ledger import Ledger
 from nodes.link import ADDRESS_KEY, NAME_KEY
 from nodes.measuring import Measurer
 from nodes.pipeline import Pipeline
@@ -33,21 +34,30 @@ __all__ = ["SERVICE", "Servicer", "add_to_server"]
 SERVICE = pb.DESCRIPTOR.services_by_name["Node"].full_name
 
 _LONGEST_NAME = 100
+_MAX_BACKLOG = 1000  # failures that wait to be sent to one client
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Reply = TypeVar("Reply")
 
 
 class Servicer(NodeServicer):
     def __init__(
-        self, pipeline: Pipeline, ingress: Ingress, installer: Installer, describer: Describer, store: BlobStore, compute: ComputeThread
+        self,
+        ledger: Ledger,
+        pipeline: Pipeline,
+        ingress: Ingress,
+        installer: Installer,
+        describer: Describer,
+        store: BlobStore,
+        compute: ComputeThread,
     ) -> None:
+        self._ledger = ledger
         self._pipeline = pipeline
         self._ingress = ingress
         self._installer = installer
         self._describer = describer
         self._store = store
-        self._measurer = Measurer(pipeline, store, compute)
-        self._log = pipeline.log
+        self._measurer = Measurer(ledger, store, compute)
+        self._log = ledger.log
         self.clients: set[ClientStream] = set()
         self._streams: set[Context] = set()
 
@@ -62,9 +72,11 @@ class Servicer(NodeServicer):
         try:
             async for message in _frames(context):
                 await self._ingress.receive(client, message.frame, message.payload)
+                if client.outbox.backlog > _MAX_BACKLOG:  # a client that asks and does not read: it must wait until it does
+                    await client.outbox.flushed()
             await client.settled()
         except SplitnetError as error:
-            await abort_with(context, error.at(node=self._pipeline.config.name))
+            await abort_with(context, error.at(node=self._ledger.config.name))
         finally:
             self._streams.discard(context)
             self.clients.discard(client)
@@ -76,7 +88,7 @@ class Servicer(NodeServicer):
         """Greets, then takes what the other node sends until the stream ends."""
         sender = _sender(context)
         write = _writer(context)
-        token = self._pipeline.sender_opened(sender)
+        token = self._ledger.sender_opened(sender)
         self._streams.add(context)
         try:
             await write(Message(pb.Frame()))
@@ -86,7 +98,7 @@ class Servicer(NodeServicer):
                 try:
                     await self._take(key, message)
                 except SplitnetError as error:
-                    error.at(node=self._pipeline.config.name, stage=frame.stage)
+                    error.at(node=self._ledger.config.name, stage=frame.stage)
                     self._log.warning("frame refused", request=key.request[:_LONGEST_NAME], sender=sender.name, error=error.message)
                     reply = pb.Frame(
                         request=key.request, deployment=key.deployment, ingress=key.ingress, failure=to_failure(error, key.request)
@@ -94,10 +106,10 @@ class Servicer(NodeServicer):
                     await write(Message(reply))
         except SplitnetError as error:
             self._log.warning("link refused", sender=sender.name, address=sender.address, error=error.message)
-            await abort_with(context, error.at(node=self._pipeline.config.name))
+            await abort_with(context, error.at(node=self._ledger.config.name))
         finally:
             self._streams.discard(context)
-            self._pipeline.sender_closed(sender, token)
+            self._ledger.sender_closed(sender, token)
 
     async def end_streams(self, reason: SplitnetError) -> None:
         """Ends all Run and Forward streams; the far sides are told why."""
@@ -110,9 +122,9 @@ class Servicer(NodeServicer):
         if max(map(len, key)) > _LONGEST_NAME or len(frame.stage) > _LONGEST_NAME or not key.request:
             raise ProtocolError("a frame's request, deployment, stage or ingress is missing or too long")
         if frame.HasField("failure"):
-            self._pipeline.failed_elsewhere(key, from_failure(frame.failure))
+            self._ledger.failed_elsewhere(key, from_failure(frame.failure))
         elif frame.HasField("cancel"):
-            self._pipeline.dropped_by_ingress(key)
+            self._ledger.dropped_by_ingress(key)
         elif frame.HasField("tensor"):
             await self._pipeline.take(key, frame.stage, frame.tensor, message.payload, frame.timeout_s)
         else:
@@ -128,7 +140,7 @@ class Servicer(NodeServicer):
             async for reply in receive_blob(self._store, request_iterator, self._log):
                 yield reply
         except SplitnetError as error:
-            await abort_with(context, error.at(node=self._pipeline.config.name))
+            await abort_with(context, error.at(node=self._ledger.config.name))
 
     async def Activate(self, request: pb.ActivateRequest, context: Context) -> pb.ActivateReply:
         async def act() -> pb.ActivateReply:
@@ -139,7 +151,7 @@ class Servicer(NodeServicer):
 
     async def Unload(self, request: pb.UnloadRequest, context: Context) -> pb.UnloadReply:
         async def act() -> pb.UnloadReply:
-            drain_s = min(max(request.drain_s, 0.0), self._pipeline.config.request_s)
+            drain_s = min(max(request.drain_s, 0.0), self._ledger.config.request_s)
             return pb.UnloadReply(cancelled=await self._installer.unload(request.deployment, drain_s, request.delete_blobs))
 
         return await self._guarded(context, act)
@@ -161,7 +173,7 @@ class Servicer(NodeServicer):
         try:
             return await act()
         except SplitnetError as error:
-            await abort_with(context, error.at(node=self._pipeline.config.name))
+            await abort_with(context, error.at(node=self._ledger.config.name))
 
 
 def add_to_server(servicer: Servicer, server: grpc.aio.Server) -> None:

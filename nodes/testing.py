@@ -121,6 +121,9 @@ class LocalCluster:
         assert isinstance(node, _InProcess), "this node is a process of its own"
         return node.server
 
+    def alive(self, name: str) -> bool:
+        return self._process(name).running
+
     def kill(self, name: str) -> None:
         """As if its plug were pulled (SIGKILL). A node in this process closes its connections at once."""
         self._nodes[name].kill()
@@ -232,6 +235,10 @@ class _OwnProcess(_Node):
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
 
     def log(self) -> str:
         return self._log.read_text(errors="replace")

@@ -197,12 +197,12 @@ def at_rest(cluster: LocalCluster, timeout_s: float = 3.0) -> None:
 def _held(cluster: LocalCluster) -> dict[str, dict[str, int]]:
     found = {}
     for name in cluster.names:
-        pipeline = cluster.server(name).pipeline
-        links = [link for d in list(pipeline.deployments.values()) for link in d.links.values()]
+        ledger = cluster.server(name).ledger
+        links = [link for d in list(ledger.deployments.values()) for link in d.links.values()]
         holds = {
-            "requests": len(pipeline.requests),
-            "buffered bytes": pipeline.buffers.used_bytes,
-            "admitted": sum(d.admission.in_flight for d in list(pipeline.deployments.values())),
+            "requests": len(ledger.requests),
+            "buffered bytes": ledger.buffers.used_bytes,
+            "admitted": sum(d.admission.in_flight for d in list(ledger.deployments.values())),
             "parcels": sum(link.outbox.waiting for link in links),
         }
         if any(holds.values()):

@@ -30,19 +30,28 @@ HEAVY = 4000  # rows; some 0.4 s of computing in the second stage
 PATIENCE_S = 20.0
 
 
-@pytest.fixture
-def cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(3, processes=True) as nodes:
-        yield nodes
-
-
 def middle(model: ModelGraph) -> str:
     """All operators but the first two and the last."""
     return " ".join(v.name for v in model.structure.vertices[3:-1])
 
 
-def served_slowly(cluster: LocalCluster, folder: Path) -> Split:
-    cut = split(slow(), cluster.cluster(), folder, stages_by(a="linear relu", b=middle(slow()), c="*"))
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(3, processes=True, drain_s=60.0) as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="module")
+def cut(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Split:
+    return split(slow(), cluster.cluster(), tmp_path_factory.mktemp("slow"), stages_by(a="linear relu", b=middle(slow()), c="*"))
+
+
+@pytest.fixture
+def served(cluster: LocalCluster, cut: Split) -> Split:
+    """Deployed on all three nodes; those that an earlier test has ended are started again."""
+    for name in cluster.names:
+        if not cluster.alive(name):
+            cluster.restart(name)
     deploy(cut.plan, cut.shards, name="slow")
     return cut
 
@@ -58,12 +67,13 @@ async def in_flight(cluster: LocalCluster, node: str) -> None:
 
 
 @pytest.mark.parametrize("killed", ["b", "c"])
-async def test_a_node_killed_midway_fails_its_requests_at_once_and_by_name(cluster: LocalCluster, tmp_path: Path, killed: str) -> None:
-    cut = await asyncio.to_thread(served_slowly, cluster, tmp_path / "slow")
-    beside = split(diamond(), cluster.cluster(), tmp_path / "beside", stages_by(a="*"))
-    await asyncio.to_thread(deploy, beside.plan, beside.shards, name="beside")
-    async with splitnet.AsyncClient(cut.address, "slow") as client, splitnet.AsyncClient(beside.address, "beside") as other:
-        asked = [asyncio.create_task(client.infer(cut.inputs(HEAVY))) for _ in range(3)]
+async def test_a_node_killed_midway_fails_its_requests_at_once_and_by_name(
+    cluster: LocalCluster, served: Split, tmp_path: Path, killed: str
+) -> None:
+    beside = split(diamond(), cluster.cluster(), tmp_path, stages_by(a="*"))
+    await asyncio.to_thread(deploy, beside.plan, beside.shards, name=f"beside-{killed}")
+    async with splitnet.AsyncClient(served.address, "slow") as client, splitnet.AsyncClient(beside.address, f"beside-{killed}") as other:
+        asked = [asyncio.create_task(client.infer(served.inputs(HEAVY))) for _ in range(3)]
         await in_flight(cluster, "b")
         cluster.kill(killed)
         started = time.monotonic()
@@ -77,15 +87,14 @@ async def test_a_node_killed_midway_fails_its_requests_at_once_and_by_name(clust
             assert "start the node" in failure.remedy
         assert (await other.infer(beside.inputs()))["early"].shape == (2, 16)
         await asyncio.to_thread(cluster.restart, killed)
-        await asyncio.to_thread(deploy, cut.plan, cut.shards, name="slow")
-        small = cut.inputs(2)
-        assert np.array_equal((await client.infer(small))["output"], cut.whole(small)["output"])
+        await asyncio.to_thread(deploy, served.plan, served.shards, name="slow")
+        small = served.inputs(2)
+        assert np.array_equal((await client.infer(small))["output"], served.whole(small)["output"])
 
 
-async def test_when_the_ingress_is_killed_the_client_hears_of_it_and_the_others_let_go(cluster: LocalCluster, tmp_path: Path) -> None:
-    cut = await asyncio.to_thread(served_slowly, cluster, tmp_path)
-    async with splitnet.AsyncClient(cut.address, "slow") as client:
-        asked = asyncio.create_task(client.infer(cut.inputs(HEAVY)))
+async def test_when_the_ingress_is_killed_the_client_hears_of_it_and_the_others_let_go(cluster: LocalCluster, served: Split) -> None:
+    async with splitnet.AsyncClient(served.address, "slow") as client:
+        asked = asyncio.create_task(client.infer(served.inputs(HEAVY)))
         await in_flight(cluster, "b")
         cluster.kill("a")
         with pytest.raises(NodeUnavailable):
@@ -98,22 +107,22 @@ async def test_when_the_ingress_is_killed_the_client_hears_of_it_and_the_others_
         assert time.monotonic() < deadline, rest
 
 
-async def test_sigterm_finishes_what_is_in_flight_and_takes_nothing_new(cluster: LocalCluster, tmp_path: Path) -> None:
-    cut = await asyncio.to_thread(served_slowly, cluster, tmp_path)
-    async with splitnet.AsyncClient(cut.address, "slow") as client:
-        given = cut.inputs(HEAVY)
+async def test_sigterm_finishes_what_is_in_flight_and_takes_nothing_new(cluster: LocalCluster, served: Split) -> None:
+    async with splitnet.AsyncClient(served.address, "slow") as client:
+        given = served.inputs(3 * HEAVY)
         asked = asyncio.create_task(client.infer(given))
         await in_flight(cluster, "b")
         cluster.terminate("a")
         with pytest.raises(NodeUnavailable, match="being stopped"):
             while True:  # the signal takes a moment to arrive
-                await client.infer(cut.inputs(1))
+                await client.infer(served.inputs(1))
         answer = await asked
-        assert np.array_equal(answer["output"], cut.whole(given)["output"])
+        assert np.array_equal(answer["output"], served.whole(given)["output"])
         assert await asyncio.to_thread(cluster.wait_stopped, "a") == 0
-    assert '"draining"' in cluster.log("a")
-    assert '"stopped"' in cluster.log("a")
-    assert "Traceback" not in cluster.log("a")
+    log = cluster.log("a")
+    assert '"draining"' in log
+    assert '"stopped"' in log
+    assert "Traceback" not in log
 
 
 async def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
@@ -207,9 +216,14 @@ def test_an_open_address_on_demand_is_shown_as_such(tmp_path: Path) -> None:
     assert os.stat(tmp_path / "data").st_mode & 0o077 == 0
 
 
-def test_health_and_reflection_are_served(cluster: LocalCluster) -> None:
-    address = cluster.addresses["a"]
-    with grpc.insecure_channel(address) as channel:
+def test_health_and_reflection_are_served() -> None:
+    with LocalCluster(1, processes=True) as nodes:
+        healthy_until_it_drains(nodes)
+        assert nodes.wait_stopped("a") == 0
+
+
+def healthy_until_it_drains(cluster: LocalCluster) -> None:
+    with grpc.insecure_channel(cluster.addresses["a"]) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         for service in ("", "splitnet.rpc.v1.Node"):
             assert health.Check(health_pb2.HealthCheckRequest(service=service), timeout=5).status == health_pb2.HealthCheckResponse.SERVING
@@ -221,7 +235,6 @@ def test_health_and_reflection_are_served(cluster: LocalCluster) -> None:
         threading.Timer(0.1, cluster.terminate, ("a",)).start()
         assert next(watched).status == health_pb2.HealthCheckResponse.NOT_SERVING
         watched.cancel()
-    assert cluster.wait_stopped("a") == 0
 
 
 def test_a_node_that_cannot_start_says_why(tmp_path: Path) -> None:

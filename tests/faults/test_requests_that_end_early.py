@@ -39,7 +39,7 @@ def heavy(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Sp
 
 async def computing(cluster: LocalCluster, requests: int = 1) -> None:
     """Returns when that many requests are at the second stage's node."""
-    while len(cluster.server("b").pipeline.requests) < requests:  # noqa: ASYNC110 # it lives in another thread
+    while len(cluster.server("b").ledger.requests) < requests:  # it lives in another thread
         await asyncio.sleep(0.005)
 
 
@@ -198,3 +198,42 @@ async def test_an_idle_node_that_went_away_fails_requests_at_once(tmp_path: Path
             answer = await one.infer(through.inputs())
         assert np.array_equal(answer["joined"], through.whole(through.inputs())["joined"])
         at_rest(nodes)
+
+
+async def test_a_broken_link_between_two_nodes_that_live_is_reported_to_the_ingress(cluster: LocalCluster, heavy: Split) -> None:
+    """The ingress sees both nodes and cannot know; the sender tells it what may have been lost."""
+    async with RawStream(heavy.address) as stream:
+        await stream.send_inputs("lost", heavy.inputs(HEAVY))
+        await computing(cluster)
+        server = cluster.server("b")
+
+        async def break_link() -> None:
+            (link,) = [link for d in server.ledger.deployments.values() for link in d.links.values() if link.target.name == "c"]
+            key = next(iter(server.ledger.requests)).key
+            link._recent[key] = None  # as if its last chunk had just been handed to the network
+            server.ledger.link_down(link, NodeUnavailable("cable pulled"), [key])
+
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(break_link(), cluster._loop.loop))
+        error = await stream.answer("lost")
+        assert isinstance(error, NodeUnavailable)
+        assert (error.node, error.stage) == ("c", "stage2")
+        assert "cable pulled" in error.message
+        await asyncio.to_thread(at_rest, cluster, 0.5)
+        await stream.send_inputs("next", heavy.inputs(1))
+        assert isinstance(await stream.answer("next"), dict)
+
+
+async def test_a_client_that_asks_and_never_reads_is_made_to_wait(cluster: LocalCluster, heavy: Split) -> None:
+    """30,000 requests that are refused at once: their refusals must not pile up in the node."""
+    server = cluster.server("a")
+    worst = 0
+    async with RawStream(heavy.address) as stream:
+        try:
+            async with asyncio.timeout(2):
+                for i in range(30_000):
+                    await stream.send(request=f"r{i}", deployment="nowhere" * 10, end=True)
+                    if i % 500 == 0:
+                        worst = max(worst, *(client.outbox.backlog for client in list(server._servicer.clients)))
+        except TimeoutError:
+            pass  # it is being made to wait
+        assert 0 < worst <= 1001

@@ -245,6 +245,6 @@ async def test_forwarded_requests_that_never_become_whole_are_bounded_and_end_wi
             await link.send(bytes(512), request=f"part{i}", deployment="diamond", ingress="a", stage="stage1", tensor=part)
         await link.send(request="r", deployment="nowhere", ingress="a", tensor=part)
         await link.read()  # the refusal of the last one: all before it have been taken
-        assert len(cluster.server("b").pipeline.requests) == limit
-        assert cluster.server("b").pipeline.buffers.used_bytes == limit * 1024
+        assert len(cluster.server("b").ledger.requests) == limit
+        assert cluster.server("b").ledger.buffers.used_bytes == limit * 1024
     at_rest(cluster)

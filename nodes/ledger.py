@@ -1,0 +1,195 @@
+"""The requests on this node, and every way in which one ends: answered, failed, cancelled, out of time, or lost with a node."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from nodes.admission import Buffers
+from nodes.config import NodeConfig
+from nodes.deployment import Deployment
+from nodes.link import Link
+from nodes.logs import Log
+from nodes.requests import Request, RequestKey, Requests
+from splitnet.errors import DeadlineExceeded, NodeUnavailable, SplitnetError, UserError
+from splitnet.plan import NodeRef
+
+__all__ = ["Ledger"]
+
+
+class Ledger:
+    """Whoever ends a request does it here, once: what it holds on this node is freed at that moment, and the other nodes are told
+    (by the ingress) or the ingress is (by the others). To be used in the event loop."""
+
+    def __init__(self, config: NodeConfig, log: Log) -> None:
+        self.config = config
+        self.log = log
+        self.loop = asyncio.get_running_loop()
+        self.deployments: dict[str, Deployment] = {}
+        self.requests = Requests()
+        self.buffers = Buffers(config.buffer_bytes)
+        self.draining = False
+        self._ended = asyncio.Event()
+        self._senders: dict[NodeRef, object] = {}
+
+    def open(self, key: RequestKey, deployment: Deployment, timeout_s: float) -> Request:
+        """A new request; it ends at its deadline at the latest. `timeout_s`: 0 for the node's limit."""
+        limit_s = self.config.request_s
+        request = Request(key, deployment, self.loop.time() + (min(timeout_s, limit_s) if timeout_s > 0 else limit_s), self.buffers)
+        self.requests.add(request)
+        request.timer = self.loop.call_at(request.deadline_s, self._expired, request)
+        return request
+
+    def end(self, request: Request, service_s: float | None = None) -> None:
+        """Frees everything that the request holds here. `service_s`: how long its answer took, at the ingress."""
+        if not request.live:
+            return
+        request.end()
+        self.requests.forget(request.key)
+        for link in request.deployment.links.values():
+            link.outbox.drop(request.key)
+        if request.answer is not None:
+            request.deployment.admission.leave(service_s)
+            request.answer.client.remove(request.answer.client_id, complete=request.answer.received)
+        self._ended.set()
+
+    # ------------------------------------------------------------------------------------------------------ for one request
+
+    def fail(self, request: Request, error: SplitnetError) -> None:
+        """Ends the request here and, through its ingress, everywhere."""
+        if not request.live:
+            return
+        error.at(node=request.deployment.node.name)
+        if request.answer is None:
+            self.report(request.deployment, request.key, error)
+        else:
+            error.request = request.answer.client_id
+            self._log_failure(request.key, error)
+            request.answer.client.fail(request.answer.client_id, request.key, error)
+            self._tell_others(request, error.message)
+        self.end(request)
+
+    def cancel(self, request: Request, reason: str) -> None:
+        """At the ingress: ends the request everywhere, and tells the client nothing."""
+        if request.live:
+            self.log.info("request cancelled", request=request.key.request, deployment=request.key.deployment, reason=reason)
+            self._tell_others(request, reason)
+            self.end(request)
+
+    def report(self, deployment: Deployment, key: RequestKey, error: SplitnetError) -> None:
+        """Tells the ingress that a request has failed here."""
+        error.at(node=deployment.node.name, request=key.request)
+        self._log_failure(key, error)
+        if (link := deployment.links.get(key.ingress)) is not None:
+            link.send_failure(key, error)
+
+    def dropped_by_ingress(self, key: RequestKey) -> None:
+        request = self.requests.get(key)
+        if request is not None:
+            self.end(request)
+        else:
+            self.requests.forget(key)  # the cancellation has overtaken the tensors
+
+    def failed_elsewhere(self, key: RequestKey, error: SplitnetError) -> None:
+        request = self.requests.get(key)
+        if request is not None:
+            self.fail(request, error)
+
+    def _expired(self, request: Request) -> None:
+        if request.answer is None:
+            self.end(request)  # the ingress has noticed by itself
+            return
+        missing = ", ".join(sorted(request.answer.awaited)) if request.answer.received else "inputs"
+        self.fail(
+            request,
+            DeadlineExceeded(
+                f"the request's time ran out; still missing: {missing}",
+                remedy="give it more time, or see `splitnet status` for the slowest stage",
+            ),
+        )
+
+    def _tell_others(self, request: Request, reason: str) -> None:
+        for link in request.deployment.links.values():
+            link.outbox.drop(request.key)
+            link.send_cancel(request.key, reason)
+
+    def _log_failure(self, key: RequestKey, error: SplitnetError) -> None:
+        tell = self.log.info if isinstance(error, UserError) else self.log.warning
+        tell("request failed", **key._asdict(), kind=type(error).__name__, error=error.message, at=error.node, stage=error.stage)
+
+    # -------------------------------------------------------------------------------------------------------- for all of them
+
+    async def idle(self, timeout_s: float, deployment: Deployment | None = None) -> bool:
+        """Waits until no request (of that deployment) is live; False when the time runs out first."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.requests.count(deployment):
+                    self._ended.clear()
+                    await self._ended.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def fail_all(self, deployment: Deployment | None, error: Callable[[], SplitnetError]) -> int:
+        """Fails what is in flight (of that deployment); returns how many requests that were."""
+        requests = [request for request in self.requests if deployment is None or request.deployment is deployment]
+        for request in requests:
+            self.fail(request, error())
+        return len(requests)
+
+    # --------------------------------------------------------------------------------------------------- nodes that go away
+
+    def link_down(self, link: Link, error: SplitnetError, lost: list[RequestKey]) -> None:
+        """The ingress fails everything that needs the node: it cannot know how far each request was. Another node reports what it may
+        have lost on the way."""
+        may_be_lost = set(lost)
+        for request in self.requests:
+            deployment = request.deployment
+            if deployment.links.get(link.target.name) is not link:
+                continue
+            if deployment.is_ingress or (link.target != deployment.ingress and request.key in may_be_lost):
+                self.fail(request, _gone(deployment, link.target, error))
+            elif link.target == deployment.ingress:
+                self.end(request)
+            may_be_lost.discard(request.key)
+        for key in may_be_lost:  # sent from here to the last byte, and perhaps never received
+            known = self.deployments.get(key.deployment)
+            if known is not None and not known.is_ingress and link.target != known.ingress:
+                self.report(known, key, _gone(known, link.target, error))
+
+    def refused(self, link: Link, key: RequestKey, error: SplitnetError) -> None:
+        """The far side could not take what this node sent."""
+        deployment = self.deployments.get(key.deployment)
+        if deployment is None:
+            return
+        error.at(node=link.target.name)
+        if deployment.is_ingress:
+            self.failed_elsewhere(key, error)
+        else:
+            self.report(deployment, key, error)
+
+    def sender_opened(self, sender: NodeRef) -> object:
+        """A node has opened its Forward stream to this one. It has given up whatever it sent on an earlier one."""
+        self._drop_requests_of(sender)
+        self._senders[sender] = token = object()
+        return token
+
+    def sender_closed(self, sender: NodeRef, token: object) -> None:
+        """Its stream has ended; `token` says which, since a newer one may have taken its place."""
+        if self._senders.get(sender) is token:
+            del self._senders[sender]
+            self._drop_requests_of(sender)
+
+    def _drop_requests_of(self, ingress: NodeRef) -> None:
+        for request in self.requests:
+            if request.answer is None and request.deployment.ingress == ingress:
+                self.end(request)
+
+
+def _gone(deployment: Deployment, node: NodeRef, error: SplitnetError) -> NodeUnavailable:
+    return NodeUnavailable(
+        f"the connection to {node.address} is gone: {error.message}",
+        remedy=f"start the node {node.name!r} again and deploy the plan again, or make a plan without it",
+        node=node.name,
+        stage=deployment.stages_on(node.name),
+    )
