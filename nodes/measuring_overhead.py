@@ -12,9 +12,9 @@ import dataclasses
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -25,7 +25,6 @@ from nodes.logs import get_log
 from splitnet.channel import open_channel, stub
 from splitnet.client import AsyncClient
 from splitnet.codecs import codec_names
-from splitnet.linkprobe import measure_link
 from splitnet.plan import CLIENT, NodeRef, OutputSpec, Plan, StageSpec, Transfer
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.tensors import TensorSpec
@@ -37,31 +36,72 @@ if TYPE_CHECKING:
 
 __all__ = ["measure_overhead"]
 
-_WARM_UP = 10
+_WARM_UP = 5
+_GRACE_S = 30.0
 _MOST_ROUNDS = 200
+_PAUSE_S = 0.005  # as between requests: what is done without a pause finds everything awake, and takes half the time
 _FASTEST_BYTES_PER_S = 1e12  # where a codec does nothing
 
 
 async def measure_overhead(budget_s: float) -> pb.Overhead:
     """Takes about `budget_s`."""
-    each_s = budget_s / 5
     with tempfile.TemporaryDirectory(prefix="splitnet-overhead-") as folder:
         async with _server("one", Path(folder)) as one, _server("two", Path(folder)) as two:
-            stage_s = await _typical(lambda: one.compute.call(lambda: None), each_s)
             await _deploy("alone", (one,))
-            alone_s = await _request_s(one.address, "alone", each_s)
-            await _deploy("apart", (one, two))
-            apart_s = await _request_s(one.address, "apart", each_s)
-            async with open_channel(two.address) as channel:
-                link = await measure_link(stub(channel), each_s)
+            deployments = await _deploy("apart", (one, two))
+            turns = await _turns(one, two, budget_s * 0.8)
+            for link in (link for deployment in deployments for link in deployment.links.values()):
+                await link.close()  # before the servers at their ends go
+    stage_s, alone_s, apart_s, ping_s = (_quartile(seconds) for seconds in zip(*turns, strict=True))
     hop_s = (apart_s - alone_s - stage_s) / 2  # there, and back to the ingress
-    codecs = [await asyncio.to_thread(_codec_speed, name, each_s / len(codec_names())) for name in codec_names()]
+    codecs = [await asyncio.to_thread(_codec_speed, name, budget_s * 0.2 / len(codec_names())) for name in codec_names()]
     return pb.Overhead(
         stage_s=stage_s,
-        message_s=max(hop_s - _quartile([s.seconds for s in link.samples if s.bytes == 1]) / 2, 0.0) / 2,  # at either end
+        message_s=max(hop_s - ping_s / 2, 0.0) / 2,  # at either end
         request_s=max(alone_s - stage_s, 0.0),
         codecs=codecs,
     )
+
+
+async def _turns(one: NodeServer, two: NodeServer, budget_s: float) -> list[tuple[float, float, float, float]]:
+    """Seconds of a job of the compute thread, a request to one server, a request through both, and a Probe's round trip. They take
+    turns, so that what disturbs the box disturbs all of them."""
+    turns = []
+    nothing = {"v0": np.zeros(16, np.float32)}
+    end = time.perf_counter() + budget_s
+    async with AsyncClient(one.address, "alone") as alone, AsyncClient(one.address, "apart") as apart, open_channel(two.address) as channel:
+        probe = stub(channel).Probe(timeout=budget_s + _GRACE_S)
+        try:
+            for done in range(_WARM_UP + _MOST_ROUNDS):
+                if done > 2 * _WARM_UP and time.perf_counter() > end:
+                    break
+                turn = (
+                    await _seconds(one.compute.call(lambda: None)),
+                    await _seconds(alone.infer(nothing, retry=True)),
+                    await _seconds(apart.infer(nothing, retry=True)),
+                    await _seconds(_ping(probe)),
+                )
+                turns.append(turn)
+        finally:
+            probe.cancel()
+    return turns[_WARM_UP:]
+
+
+async def _ping(probe: Any) -> None:
+    await probe.write(pb.ProbeRequest(payload=b"x"))
+    await probe.read()
+
+
+async def _seconds(work: Awaitable[object]) -> float:
+    await asyncio.sleep(_PAUSE_S)
+    started = time.perf_counter()
+    await work
+    return time.perf_counter() - started
+
+
+def _quartile(seconds: Sequence[float]) -> float:
+    """The lower one: what disturbs a fixed cost only ever adds to it, and these figures are subtracted from one another."""
+    return statistics.quantiles(seconds, n=4)[0]
 
 
 class _Nothing:
@@ -95,7 +135,7 @@ async def _server(name: str, folder: Path) -> AsyncIterator[NodeServer]:
         await server.abandon()
 
 
-async def _deploy(name: str, servers: tuple[NodeServer, ...]) -> None:
+async def _deploy(name: str, servers: tuple[NodeServer, ...]) -> list[Deployment]:
     specs = [TensorSpec(f"v{i}", "float32", (16,)) for i in range(len(servers) + 1)]
     stages = tuple(StageSpec(f"s{i}", s.config.name, (), (specs[i],), (specs[i + 1],)) for i, s in enumerate(servers))
     ends = [CLIENT, *(stage.name for stage in stages), CLIENT]
@@ -110,32 +150,12 @@ async def _deploy(name: str, servers: tuple[NodeServer, ...]) -> None:
         inputs=(specs[0],),
         outputs=(OutputSpec(specs[-1].name, dataclasses.replace(specs[-1], name="out")),),
     )
+    deployments = []
     for server, spec in reversed(list(zip(servers, stages, strict=True))):
         stage = Stage(spec, _Nothing(spec.outputs[0].name), "", {t.name: t for t in spec.inputs}, routes(plan, spec.name), 0)
-        server.serve_directly(Deployment(name, plan, plan.sha256, plan.node(spec.node), {spec.name: stage}, Admission(4)))
-
-
-async def _request_s(address: str, name: str, budget_s: float) -> float:
-    async with AsyncClient(address, name) as client:
-        zeros = np.zeros(16, np.float32)
-        return await _typical(lambda: client.infer({"v0": zeros}, retry=True), budget_s)
-
-
-async def _typical(act: Callable[[], Awaitable[object]], budget_s: float) -> float:
-    seconds: list[float] = []
-    end = time.perf_counter() + budget_s
-    for done in range(_WARM_UP + _MOST_ROUNDS):
-        if done > 2 * _WARM_UP and time.perf_counter() > end:
-            break
-        started = time.perf_counter()
-        await act()
-        seconds.append(time.perf_counter() - started)
-    return _quartile(seconds[_WARM_UP:])
-
-
-def _quartile(seconds: list[float]) -> float:
-    """The lower one: what disturbs a fixed cost only ever adds to it, and these figures are subtracted from one another."""
-    return statistics.quantiles(seconds, n=4)[0]
+        deployments.append(Deployment(name, plan, plan.sha256, plan.node(spec.node), {spec.name: stage}, Admission(4)))
+        server.serve_directly(deployments[-1])
+    return deployments
 
 
 def _codec_speed(name: str, budget_s: float) -> pb.CodecSpeed:
