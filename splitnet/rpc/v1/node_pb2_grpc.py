@@ -119,8 +119,9 @@ class NodeServicer(object):
 
     def Forward(self, request_iterator, context):
         """Activations, results, cancellations and failures from node to node. One long-lived stream per directed pair of nodes.
-        The receiving node sends back at most one greeting (an empty Frame, at once) and then nothing: what it has to say to the
-        sender travels on its own Forward stream.
+        The receiving node sends back a greeting (an empty Frame, at once), and after that only a Failure for a frame whose ingress it
+        cannot reach because it does not serve that deployment; all else that it has to say travels on its own Forward streams. Metadata
+        of the call say who sends: splitnet-node and splitnet-address, as in the plan.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -256,8 +256,9 @@ class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateTyp
 
     Forward: _NodeForwardType
     """Activations, results, cancellations and failures from node to node. One long-lived stream per directed pair of nodes.
-    The receiving node sends back at most one greeting (an empty Frame, at once) and then nothing: what it has to say to the
-    sender travels on its own Forward stream.
+    The receiving node sends back a greeting (an empty Frame, at once), and after that only a Failure for a frame whose ingress it
+    cannot reach because it does not serve that deployment; all else that it has to say travels on its own Forward streams. Metadata
+    of the call say who sends: splitnet-node and splitnet-address, as in the plan.
     """
 
     Probe: _NodeProbeType
@@ -353,8 +354,9 @@ class NodeServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[splitnet.rpc.v1.node_pb2.Frame], collections.abc.AsyncIterator[splitnet.rpc.v1.node_pb2.Frame]]:
         """Activations, results, cancellations and failures from node to node. One long-lived stream per directed pair of nodes.
-        The receiving node sends back at most one greeting (an empty Frame, at once) and then nothing: what it has to say to the
-        sender travels on its own Forward stream.
+        The receiving node sends back a greeting (an empty Frame, at once), and after that only a Failure for a frame whose ingress it
+        cannot reach because it does not serve that deployment; all else that it has to say travels on its own Forward streams. Metadata
+        of the call say who sends: splitnet-node and splitnet-address, as in the plan.
         """
 
     @abc.abstractmethod
