@@ -180,5 +180,5 @@ def _codec_speed(name: str, budget_s: float) -> pb.CodecSpeed:
         name=name,
         encode_bytes_per_s=min(array.nbytes / max(encode_s, 1e-12), _FASTEST_BYTES_PER_S),
         decode_bytes_per_s=min(array.nbytes / max(decode_s, 1e-12), _FASTEST_BYTES_PER_S),
-        ratio=size / array.nbytes,
+        ratio=array.nbytes / max(size, 1),
     )

@@ -15,6 +15,8 @@ The model, for one request of the profile's batch:
   encoded, and several to one stage decoded, at the same time.
 - throughput: 1 / bottleneck; computing and transferring of different requests overlap, so the bottleneck is the busiest
   node (its stages, encoding, decoding and overheads added up) or the busiest link.
+- Nodes on one machine with fewer cores than they have threads (`Machine`) slow each other down when many requests are under way: its
+  processor time (its nodes' seconds, each with its threads, and what goes over links between them) divided by its cores is a bottleneck too.
 - memory of a node: for each of its stages parameters + activations + `BUFFERED_REQUESTS` times what one request delivers to it
   from other stages or from the client, decoded.
 - error of a plan: the sum of the errors of its transfers' codecs; a transfer's is the largest of its tensors'.
@@ -31,7 +33,7 @@ from splitnet.cluster import Link
 from splitnet.errors import BadInput, NoPlan
 from splitnet.plan import CLIENT, StageSpec, Transfer
 
-__all__ = ["BUFFERED_REQUESTS", "NO_OVERHEAD", "RAW", "CodecFigures", "Cost", "Overhead", "evaluate", "stage_memory_bytes"]
+__all__ = ["BUFFERED_REQUESTS", "NO_OVERHEAD", "RAW", "CodecFigures", "Cost", "Machine", "Overhead", "evaluate", "stage_memory_bytes"]
 
 BUFFERED_REQUESTS = 2  #: requests whose inputs a stage holds at the least: the one that computes, the one that arrives meanwhile
 _SHORTEST_S = 1e-9  # keeps the throughput of a plan that costs nothing finite
@@ -87,6 +89,22 @@ class Overhead:
     request_s: float = 0.0
 
 
+@dataclass(frozen=True)
+class Machine:
+    """A box that several nodes share; `threads` of each by name."""
+
+    cores: int
+    threads: Mapping[str, int]
+
+    def seconds(self, node_seconds: Mapping[str, float], link_seconds: Mapping[tuple[str, str], float]) -> float:
+        """How long one request keeps all cores busy. A link within a machine is made of processor time, too."""
+        links = sum(s for (a, b), s in link_seconds.items() if a in self.threads and b in self.threads)
+        return (sum(s * self.threads[node] for node, s in node_seconds.items() if node in self.threads) + links) / self.cores
+
+    def __str__(self) -> str:
+        return f"{self.cores} core{'s' if self.cores > 1 else ''} shared by nodes {', '.join(self.threads)}"
+
+
 RAW: Mapping[str, CodecFigures] = {"raw": CodecFigures()}  #: what is assumed where no codec's figures are given: it costs nothing
 NO_OVERHEAD = Overhead()
 
@@ -98,7 +116,7 @@ class Cost:
 
     latency_s: float
     bottleneck_s: float
-    bottleneck: str  # "node a" or "link a->b"
+    bottleneck: str  # "node a", "link a->b" or "2 cores shared by nodes a, b, c"
     node_seconds: Mapping[str, float]
     link_seconds: Mapping[tuple[str, str], float]
     link_bytes: Mapping[tuple[str, str], int]
@@ -127,6 +145,7 @@ def evaluate(
     codecs: Mapping[str, CodecFigures] = RAW,
     overheads: Mapping[str, Overhead] | None = None,
     producers: Mapping[str, str] | None = None,
+    machines: Sequence[Machine] = (),
 ) -> Cost:
     """The cost of `stages` (in a topological order, on the nodes that they name) and the transfers between them.
 
@@ -197,6 +216,9 @@ def evaluate(
     for (a, b), busy in link_seconds.items():
         if busy > bottleneck_s:
             bottleneck_s, bottleneck = busy, f"link {a}->{b}"
+    for machine in machines:
+        if (busy := machine.seconds(node_seconds, link_seconds)) > bottleneck_s:
+            bottleneck_s, bottleneck = busy, str(machine)
     return Cost(
         latency_s=max(latency, ready[CLIENT]),
         bottleneck_s=bottleneck_s,

@@ -20,7 +20,7 @@ _SAME_SPEED = 0.08  # reference times that differ by less are of equal devices
 
 @dataclass(frozen=True, slots=True)
 class CodecSpeed:
-    """What a codec costs a node's processor, and `ratio`: encoded bytes / bytes before, on random activations."""
+    """What a codec costs a node's processor (speeds of bytes before it), and `ratio`: bytes before / bytes after, on random activations."""
 
     name: str
     encode_bytes_per_s: float

@@ -818,7 +818,7 @@ class CodecSpeed(google.protobuf.message.Message):
     encode_bytes_per_s: builtins.float
     decode_bytes_per_s: builtins.float
     ratio: builtins.float
-    """encoded / before, on random activations"""
+    """bytes before / bytes after, on random activations"""
     def __init__(
         self,
         *,
