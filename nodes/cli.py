@@ -71,6 +71,7 @@ def node(
 
     from nodes.config import NodeConfig, parse_bytes
     from nodes.logs import get_log, set_up_logs
+    from nodes.memory import keep_buffers
     from nodes.server import serve
 
     given = {"name": name, "threads": threads}
@@ -89,5 +90,6 @@ def node(
         **{option: value for option, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
     set_up_logs(config.log_level, config.log_json)
+    keep_buffers()
     if not asyncio.run(serve(config, get_log(config.name))):
         os._exit(0)  # all is said and closed, and a thread of torch that outlives the interpreter would abort the process
