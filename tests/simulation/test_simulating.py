@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
 from collections import defaultdict
 
@@ -11,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partitioner.cost import evaluate
-from partitioner.simulating import CodecCost, Simulation, simulate
+from partitioner.cost import CodecFigures, Overhead, evaluate
+from partitioner.simulation import Simulation, simulate
 from splitnet.cluster import Link
 from splitnet.errors import BadInput, NoPlan
 from splitnet.plan import CLIENT, NodeRef, OutputSpec, Plan, StageSpec, Transfer
@@ -95,6 +96,18 @@ def test_one_request_takes_the_latency_of_the_closed_form(case: tuple[Plan, Link
     assert simulate(plan, links).requests[0].latency_s == pytest.approx(cost.latency_s, rel=1e-9)
 
 
+@given(chains(), st.floats(0.1, 8.0), st.floats(1e6, 1e9))
+@settings(max_examples=60, deadline=None)
+def test_codecs_and_overheads_cost_one_request_what_the_closed_form_says(case: tuple[Plan, Links], ratio: float, speed: float) -> None:
+    plan, links = case
+    codecs = {"raw": CodecFigures(ratio, speed, {node.name: 2 * speed for node in plan.nodes})}
+    overheads = {plan.nodes[0].name: Overhead(1e-3, 2e-4, 5e-4), plan.nodes[-1].name: Overhead(2e-3, 1e-4, 7e-4)}
+    cost = evaluate(plan.stages, plan.transfers, links, codecs, overheads)
+    played = simulate(plan, links, codecs=codecs, overheads=overheads)
+    assert played.requests[0].latency_s == pytest.approx(cost.latency_s, rel=1e-9)
+    assert played.busy_s() == pytest.approx(dict(cost.node_seconds) | {f"{a}->{b}": s for (a, b), s in cost.link_seconds.items()})
+
+
 @given(chains())
 @settings(max_examples=60, deadline=None)
 def test_a_full_pipeline_keeps_the_pace_of_its_bottleneck_or_its_window(case: tuple[Plan, Links]) -> None:
@@ -103,6 +116,18 @@ def test_a_full_pipeline_keeps_the_pace_of_its_bottleneck_or_its_window(case: tu
     pace = max(cost.bottleneck_s, cost.latency_s / plan.max_in_flight)
     played = simulate(plan, links, requests=plan.max_in_flight * 12 + 30)
     assert 1 / played.throughput_per_s == pytest.approx(pace, rel=1e-6)
+
+
+@given(chains(), st.floats(1e6, 1e9))
+@settings(max_examples=60, deadline=None)
+def test_with_codecs_and_overheads_a_pipeline_with_room_keeps_the_pace_of_its_bottleneck(case: tuple[Plan, Links], speed: float) -> None:
+    plan, links = case
+    codecs = {"raw": CodecFigures(2.0, speed, speed)}
+    overheads = {node.name: Overhead(1e-3, 2e-4, 5e-4) for node in plan.nodes}
+    cost = evaluate(plan.stages, plan.transfers, links, codecs, overheads)
+    window = 3 * math.ceil(cost.latency_s / cost.bottleneck_s) + 3
+    played = simulate(plan, links, requests=window * 6, max_in_flight=window, codecs=codecs, overheads=overheads)
+    assert 1 / played.throughput_per_s == pytest.approx(cost.bottleneck_s, rel=0.01)
 
 
 def test_a_diamond_waits_for_its_slower_branch_and_overlaps_requests() -> None:
@@ -118,7 +143,7 @@ def test_a_diamond_waits_for_its_slower_branch_and_overlaps_requests() -> None:
 @settings(max_examples=60, deadline=None)
 def test_whatever_the_plan_nothing_is_lost_and_nothing_runs_twice(case: tuple[Plan, Links], requests: int, spare: bool) -> None:
     plan, links = case
-    codecs = {"raw": CodecCost(0.5, 1e7, 2e7)}
+    codecs = {"raw": CodecFigures(2.0, 1e7, 2e7)}
     played = simulate(plan, links, requests=requests, codecs=codecs, spare_core=spare)
     assert len(played.requests) == requests
     for times in by_place(played).values():
@@ -140,8 +165,11 @@ def test_whatever_the_plan_nothing_is_lost_and_nothing_runs_twice(case: tuple[Pl
     assert total["transfer"] == pytest.approx(requests * sent)
     assert total["encode"] == pytest.approx(requests * crossing / 1e7)
     assert total["decode"] == pytest.approx(requests * crossing / 2e7)
-    ran = [(i.request, i.stage) for i in played.intervals if i.kind == "compute"]
-    assert sorted(ran) == sorted(itertools.product(range(requests), (s.name for s in plan.stages)))
+    ran: dict[tuple[int, str], float] = defaultdict(float)
+    for interval in played.intervals:
+        if interval.kind == "compute":
+            ran[interval.request, interval.stage] += interval.seconds
+    assert ran == pytest.approx({(k, stage.name): stage.seconds for k in range(requests) for stage in plan.stages})
 
 
 @given(graphs(), st.integers(1, 25))
@@ -175,8 +203,8 @@ def test_codecs_cost_the_processor_and_spare_the_link() -> None:
     plan = make_plan([0.01, 0.01], {(-1, 0): 0, (0, 1): 1_000_000, (1, 2): 0})
     plan = dataclasses.replace(plan, transfers=tuple(dataclasses.replace(t, codec="small") for t in plan.transfers))
     links = all_links(plan, bandwidth=1e7, latency=0.0)
-    codecs = {"small": CodecCost(0.25, encode_bytes_per_s=1e8, decode_bytes_per_s=2e8)}
-    assert simulate(plan, links).requests[0].latency_s == pytest.approx(0.02 + 0.1)
+    codecs = {"small": CodecFigures(4.0, encode_bytes_per_s=1e8, decode_bytes_per_s=2e8)}
+    assert simulate(plan, links, codecs={"small": CodecFigures()}).requests[0].latency_s == pytest.approx(0.02 + 0.1)
     assert simulate(plan, links, codecs=codecs).requests[0].latency_s == pytest.approx(0.02 + 0.025 + 0.01 + 0.005)
     assert simulate(plan, links, requests=200, codecs=codecs).throughput_per_s == pytest.approx(1 / 0.025)
     wide = all_links(plan, bandwidth=1e9, latency=0.0)
@@ -184,6 +212,21 @@ def test_codecs_cost_the_processor_and_spare_the_link() -> None:
         1 / 0.02, rel=0.01
     )  # compute and encode take turns
     assert simulate(plan, wide, requests=200, codecs=codecs, spare_core=True).throughput_per_s == pytest.approx(1 / 0.01, rel=0.01)
+
+
+def test_short_work_goes_before_a_stage_that_runs_and_puts_it_on_hold() -> None:
+    # While b computes request 1 for 100 ms, request 2 is decoded there.
+    plan = make_plan([0.05, 0.1], {(-1, 0): 0, (0, 1): 1000, (1, 2): 0}, nodes=["a", "b"])
+    codecs = {"raw": CodecFigures(decode_bytes_per_s=1e5)}
+    played = simulate(plan, all_links(plan, bandwidth=1e9, latency=0.0), requests=2, codecs=codecs)
+    at_b = [(i.kind, i.request, round(i.start_s, 4), round(i.end_s, 4)) for i in played.intervals if i.place == "b"]
+    assert at_b == [
+        ("decode", 0, 0.05, 0.06),
+        ("compute", 0, 0.06, 0.1),
+        ("decode", 1, 0.1, 0.11),
+        ("compute", 0, 0.11, 0.17),
+        ("compute", 1, 0.17, 0.27),
+    ]
 
 
 def test_requests_take_turns_on_a_link_chunk_by_chunk() -> None:
@@ -216,6 +259,8 @@ def test_impossible_figures_are_refused() -> None:
         simulate(plan, links, requests=0)
     with pytest.raises(BadInput, match="'s1' has nan seconds"):
         simulate(plan, links, seconds={"s1": float("nan")})
+    with pytest.raises(BadInput, match="codec 'raw'"):
+        simulate(plan, links, codecs={})
 
 
 def test_a_plan_over_64_nodes_is_played_in_well_under_a_second() -> None:
