@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from splitnet.errors import BadShard, EngineFailure
 from splitnet.graph import Device, Dtype, GraphDocument, Layout, MemoryFormat, Operator, Ref, Weight, references
+from splitnet.guards import check_kinds, guarded, numbers_only
 from splitnet.operators import is_allowed
 
 __all__ = ["Program"]
@@ -202,18 +203,20 @@ class Program:
             return _PYTHON[name[3:]]
         found = self._torch
         try:
+            _, packet, overload = name.split(".")
+            torch_operator = getattr(getattr(found.ops.aten, packet), overload)
             if binding := _BINDINGS.get(name):
                 for part in binding.split("."):
                     found = getattr(found, part)
             else:
-                _, packet, overload = name.split(".")
-                found = getattr(getattr(found.ops.aten, packet), overload)._op
+                found = torch_operator._op
         except AttributeError:
             raise BadShard(
                 f"operator {name!r}: torch {self._torch.__version__} does not have it",
                 remedy="install on this node the version of torch that cut the model",
             ) from None
-        return found  # type: ignore[no-any-return]
+        check_kinds(op, torch_operator._schema)
+        return guarded(name, found)
 
 
 def _failure(op: Operator, error: Exception) -> EngineFailure:
@@ -229,9 +232,10 @@ def _failure(op: Operator, error: Exception) -> EngineFailure:
 
 def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
     """A size has 64 bits: a document must not make numbers grow without end."""
+    of_numbers = numbers_only(function)
 
     def run(*args: Any) -> Any:
-        result = function(*args)
+        result = of_numbers(*args)
         if isinstance(result, int) and not -_LARGEST <= result < _LARGEST:
             raise OverflowError("a size of more than 64 bits")
         return result
@@ -261,8 +265,8 @@ def _cond(chosen: Any, then: Program, otherwise: Program, operands: Sequence[Any
 
 
 _PYTHON: dict[str, Callable[..., Any]] = {
-    "add": _bounded(operator.add), "sub": _bounded(operator.sub), "mul": _bounded(operator.mul), "floordiv": operator.floordiv,
-    "mod": operator.mod, "truediv": operator.truediv, "neg": operator.neg, "pow": _bounded(_power), "abs": abs, "min": min, "max": max,
+    "add": _bounded(operator.add), "sub": _bounded(operator.sub), "mul": _bounded(operator.mul), "floordiv": numbers_only(operator.floordiv),
+    "mod": numbers_only(operator.mod), "truediv": numbers_only(operator.truediv), "neg": operator.neg, "pow": _bounded(_power), "abs": abs, "min": min, "max": max,
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
     "not": operator.not_, "and": operator.and_, "or": operator.or_, "int": int, "float": float, "sqrt": math.sqrt, "floor": math.floor,
     "ceil": math.ceil, "trunc": math.trunc, "round": round, "size": _size, "read": _read, "cond": _cond,
