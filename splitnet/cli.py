@@ -46,6 +46,7 @@ SUMMARIES = {
 _EXTRA_OF_MODULE = {
     "grpc_health": "node",
     "grpc_reflection": "node",
+    "matplotlib": "draw",
     "networkx": "planner",
     "psutil": "node",
     "sklearn": "demo",

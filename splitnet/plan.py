@@ -185,6 +185,13 @@ class Plan:
 
         return explain(self)
 
+    def draw(self, path: str | Path, **material: Any) -> None:
+        """The plan as a picture: an HTML page, an SVG or a PNG, by the path's suffix. `profile=` and `cluster=`, from which the plan was
+        made, let it show more. See `partitioner.drawing.draw`; raises MissingExtra where what draws is not installed."""
+        from splitnet.drawing import draw  # found by an entry point: this package knows no planner
+
+        draw(self, path, **material)
+
 
 class _Reader:
     """Takes a JSON document apart and says where it is wrong."""
