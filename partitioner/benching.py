@@ -1,108 +1,195 @@
-"""`splitnet bench`: real requests to a deployed plan; what was predicted beside what is measured."""
+"""`splitnet bench`: real requests to a plan's deployment, and what the client and the nodes' own counters say of them."""
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
+import itertools
+import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from partitioner.bench_report import Alone, BenchReport, StageTime
 from partitioner.sizes import dimension_size
-from splitnet.errors import BadInput, BadPlan, NodeUnavailable, NotFound
-from splitnet.explain import bytes_text, seconds_text, table
-from splitnet.install import default_name, status
+from splitnet import background
+from splitnet.channel import open_channel, stub, translated
+from splitnet.errors import BadInput, BadPlan, BadShard, InsufficientMemory, NodeUnavailable, NotFound
+from splitnet.install import default_name, deploy, status, undeploy
+from splitnet.linkprobe import LinkMeasurement, measure_link
 from splitnet.node_status import NodeStatus, StageStatus
-from splitnet.plan import Plan
+from splitnet.plan import NodeRef, Plan
+from splitnet.preflight import open_shards
+from splitnet.shard import Shard
 from splitnet.sync import Client
 from splitnet.tensors import numpy_dtype
 
-__all__ = ["BenchReport", "StageTime", "bench", "random_inputs", "report_text"]
+__all__ = ["BenchReport", "bench", "random_inputs"]
 
 _WARM_UP = 3
+_CLIENT_BUDGET_S = 0.5
 
 Inputs = Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True, slots=True)
-class StageTime:
-    """Seconds per request of one stage, as its node counted them; `predicted_s` is its compute time in the plan."""
-
-    stage: str
-    node: str
-    predicted_s: float
-    compute_s: float
-    wait_s: float
-    decode_s: float
-    encode_s: float
-    send_s: float
-
-
-@dataclass(frozen=True)
-class BenchReport:
-    """Latency is of one request with no other around, seen by the client; throughput with the pipeline kept full, the time of filling it
-    left out; bytes per link and times per stage are per request, from the nodes' own counters while the pipeline was full."""
-
-    requests: int
-    batch: int
-    latency_p50_s: float
-    latency_p95_s: float
-    throughput_per_s: float
-    bytes_per_link: Mapping[str, int]
-    stages: tuple[StageTime, ...]
+OnProgress = Callable[[int, int, str], None]
+Shards = Mapping[str, Shard | str | Path]
 
 
 def bench(
     plan: Plan,
     *,
     deployment: str = "",
+    shards: Shards | None = None,
+    against: Sequence[NodeRef] = (),
     requests: int = 40,
     sizes: Mapping[str, int] | None = None,
     seed: int = 0,
     timeout_s: float = 60.0,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> BenchReport:
     """Sends `requests` requests one after another and as many at once to the plan's deployment (default: the name that `splitnet deploy`
     gives it). Inputs are random, see `random_inputs`; `sizes` gives the sizes of symbolic dimensions (default: those of the plan's
-    prediction). Raises NodeUnavailable, NotFound where nothing is deployed, BadPlan where something else is, and what a request fails with.
+    prediction).
+
+    With `shards`, a plan that is not deployed is deployed for as long as it takes, and each node of `against` serves the whole model alone
+    afterwards, where it fits; all of that is removed again. Raises NodeUnavailable, NotFound where nothing is deployed and there are no
+    shards, BadPlan where something else is deployed, and what a request fails with.
     """
     if requests < 2:
         raise BadInput(f"requests must be at least 2, got {requests}")
-    name = deployment or default_name(plan.model)
+    if against and shards is None:
+        raise BadInput("a comparison with one node needs the plan's shards", remedy="keep the folder PLAN.shards beside the plan")
     known = dict(plan.prediction.symbols) if plan.prediction else {}
     if plan.prediction:
         known.setdefault("batch", plan.prediction.batch)
-    inputs = random_inputs(plan, {**known, **(sizes or {})}, seed)
-    total, done = _WARM_UP + 2 * requests, 0
+    wanted = {**known, **(sizes or {})}
+    run = _Run(random_inputs(plan, wanted, seed), requests, wanted.get("batch", 1), timeout_s, on_progress, 1 + len(against))
+    name = deployment or default_name(plan.model)
+    with _served(plan, name, shards) as temporary:
+        report = run.measure(plan, name, temporary)
+    if not against:
+        return report
+    alone = []
+    with tempfile.TemporaryDirectory(prefix="splitnet-bench-") as folder:
+        from partitioner.merging import merge, on_one_node  # reads weights
 
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if on_progress:
-            on_progress(done, total)
+        assert shards is not None
+        whole = merge(plan, open_shards(plan, shards), Path(folder) / "whole")
+        for node in against:
+            alone.append(run.alone(on_one_node(plan, node).with_shards({"whole": whole.sha256}), {"whole": whole}))
+    return report.with_alone(tuple(alone))
 
-    with Client(plan.ingress.address, deployment=name, timeout_s=timeout_s) as client:
-        if client.describe().plan_sha256 not in (plan.sha256, ""):
-            raise BadPlan(f"the deployment {name!r} serves another plan", remedy="deploy this one with `splitnet deploy`")
-        latencies = []
-        for k in range(_WARM_UP + requests):
+
+@contextlib.contextmanager
+def _served(plan: Plan, name: str, shards: Shards | None) -> Iterator[bool]:
+    """Whether the plan had to be deployed for this. It is taken off again at the end, then."""
+    there = [node for node in _status(plan) if node.deployment(name) is not None]
+    if there:
+        yield False
+        return
+    if shards is None:
+        raise NotFound(
+            f"no deployment {name!r} on the plan's nodes, and no shards to deploy it with",
+            remedy="run `splitnet deploy` first, or keep the folder PLAN.shards beside the plan",
+        )
+    deploy(plan, shards, name=name)
+    try:
+        yield True
+    finally:
+        undeploy(plan, name)
+
+
+class _Run:
+    """The same requests for every deployment that is compared."""
+
+    def __init__(
+        self, inputs: Inputs, requests: int, batch: int, timeout_s: float, on_progress: OnProgress | None, deployments: int
+    ) -> None:
+        self._inputs = inputs
+        self._requests = requests
+        self._batch = batch
+        self._timeout_s = timeout_s
+        self._on_progress = on_progress
+        self._total = deployments * (_WARM_UP + 2 * requests)
+        self._done = 0
+        self._what = ""
+
+    def measure(self, plan: Plan, name: str, temporary: bool) -> BenchReport:
+        self._what = name
+        with Client(plan.ingress.address, deployment=name, timeout_s=self._timeout_s) as client:
+            if temporary is False and client.describe().plan_sha256 not in (plan.sha256, ""):
+                raise BadPlan(f"the deployment {name!r} serves another plan", remedy="deploy this one with `splitnet deploy`")
+            latencies, one_by_one = self._latencies(client, plan, name)
+            before = _status(plan)
+            throughput = self._throughput(client)
+            after = _status(plan)
+        way = background.run(_client_way(plan.ingress.address))
+        size = sum(array.nbytes for array in self._inputs.values()) + self._answer_bytes
+        return BenchReport(
+            model=plan.model,
+            model_sha256=plan.model_sha256,
+            plan=plan.to_json(),
+            requests=self._requests,
+            batch=self._batch,
+            latency_p50_s=float(np.percentile(latencies, 50)),
+            latency_p95_s=float(np.percentile(latencies, 95)),
+            throughput_per_s=throughput,
+            client_s=size / way.bandwidth_bytes_per_s + (0.0 if _is_loopback(plan.ingress.address) else way.round_trip_s),
+            bytes_per_link=_link_bytes(before, after, self._requests),
+            reserved_bytes={node.name: sum(s.reserved_bytes for s in _stages(name, [node]).values()) for node in after},
+            process_bytes={node.name: node.process_memory_bytes for node in after},
+            stages=tuple(_split(plan, name, [before, after])),
+            stages_alone=tuple(_split(plan, name, one_by_one)),
+            deployed_for_this=temporary,
+        )
+
+    def alone(self, plan: Plan, shards: Shards) -> Alone:
+        """The whole model on one node, deployed for as long as this takes."""
+        node, name = plan.ingress, f"{default_name(plan.model)[:40]}-alone"
+        self._what = f"{node.name} alone"
+        try:
+            with _served(plan, name, shards), Client(node.address, deployment=name, timeout_s=self._timeout_s) as client:
+                latencies, _ = self._latencies(client, plan, name)
+                return Alone(node.name, float(np.percentile(latencies, 50)), float(np.percentile(latencies, 95)), self._throughput(client))
+        except (InsufficientMemory, BadShard, NodeUnavailable) as error:
+            return Alone(node.name, 0.0, 0.0, 0.0, why_not=error.message)
+
+    def _latencies(self, client: Client, plan: Plan, name: str) -> tuple[list[float], list[list[NodeStatus]]]:
+        """Seconds of each request, and what the nodes had counted before the first and after each."""
+        latencies: list[float] = []
+        counted: list[list[NodeStatus]] = []
+        for k in range(_WARM_UP + self._requests):
             start = time.perf_counter()
-            client.infer(inputs)
+            answer = client.infer(self._inputs)
+            took = time.perf_counter() - start
             if k >= _WARM_UP:
-                latencies.append(time.perf_counter() - start)
-            step()
-        before = _status(plan)
-        throughput = _throughput(client, inputs, requests, step)
-        after = _status(plan)
-    return BenchReport(
-        requests=requests,
-        batch=(sizes or {}).get("batch", known.get("batch", 1)),
-        latency_p50_s=float(np.percentile(latencies, 50)),
-        latency_p95_s=float(np.percentile(latencies, 95)),
-        throughput_per_s=throughput,
-        bytes_per_link=_link_bytes(before, after, requests),
-        stages=tuple(_stage_times(plan, name, before, after)),
-    )
+                latencies.append(took)
+            if k >= _WARM_UP - 1:
+                counted.append(_status(plan))
+            self._answer_bytes = sum(array.nbytes for array in answer.values())
+            self._step()
+        return latencies, counted
+
+    def _throughput(self, client: Client) -> float:
+        """Answers per second once the pipeline is full."""
+
+        def feed() -> Iterator[Inputs]:
+            for _ in range(self._requests):
+                yield self._inputs
+
+        arrivals = []
+        for _ in client.stream(feed()):
+            arrivals.append(time.perf_counter())
+            self._step()
+        filled = min(client.max_in_flight, self._requests // 4)
+        return (len(arrivals) - 1 - filled) / max(arrivals[-1] - arrivals[filled], 1e-9)
+
+    def _step(self) -> None:
+        self._done += 1
+        if self._on_progress:
+            self._on_progress(self._done, self._total, self._what)
 
 
 def random_inputs(plan: Plan, sizes: Mapping[str, int], seed: int = 0) -> dict[str, np.ndarray]:
@@ -120,19 +207,19 @@ def random_inputs(plan: Plan, sizes: Mapping[str, int], seed: int = 0) -> dict[s
     return inputs
 
 
-def _throughput(client: Client, inputs: Inputs, requests: int, step: Callable[[], None]) -> float:
-    """Answers per second once the pipeline is full."""
+async def _client_way(address: str) -> LinkMeasurement:
+    """The link from here to the ingress, which is the client's and in no plan."""
+    async with open_channel(address) as channel:
+        with translated(address):
+            return await measure_link(stub(channel), _CLIENT_BUDGET_S)
 
-    def feed() -> Iterator[Inputs]:
-        for _ in range(requests):
-            yield inputs
 
-    arrivals = []
-    for _ in client.stream(feed()):
-        arrivals.append(time.perf_counter())
-        step()
-    filled = min(client.max_in_flight, requests // 4)
-    return (len(arrivals) - 1 - filled) / max(arrivals[-1] - arrivals[filled], 1e-9)
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _status(plan: Plan) -> list[NodeStatus]:
@@ -151,56 +238,28 @@ def _link_bytes(before: list[NodeStatus], after: list[NodeStatus], requests: int
     return {link: (size - earlier.get(link, 0)) // requests for link, size in now.items() if size > earlier.get(link, 0)}
 
 
-def _stage_times(plan: Plan, name: str, before: list[NodeStatus], after: list[NodeStatus]) -> Iterator[StageTime]:
-    earlier, now = _stages(name, before), _stages(name, after)
+def _split(plan: Plan, name: str, counted: Sequence[list[NodeStatus]]) -> Iterator[StageTime]:
+    """Seconds per request of each stage: the median over the spans between two counts (one span: its mean)."""
+    states = [_stages(name, nodes) for nodes in counted]
     for stage in plan.stages:
-        if stage.name not in now or stage.name not in earlier:
+        if any(stage.name not in state for state in states):
             raise NotFound(f"it does not serve stage {stage.name!r} of {name!r}", node=stage.node, remedy="deploy the plan again")
-        a, b = earlier[stage.name], now[stage.name]
-        count = max(b.requests - a.requests, 1)
+        pairs = [(a[stage.name], b[stage.name]) for a, b in itertools.pairwise(states)]
+
+        def seconds(what: str, pairs: list[tuple[StageStatus, StageStatus]] = pairs) -> float:
+            return float(statistics.median((getattr(b, what) - getattr(a, what)) / max(b.requests - a.requests, 1) for a, b in pairs))
+
         yield StageTime(
             stage.name,
             stage.node,
             predicted_s=stage.seconds,
-            compute_s=(b.compute_s - a.compute_s) / count,
-            wait_s=(b.wait_s - a.wait_s) / count,
-            decode_s=(b.decode_s - a.decode_s) / count,
-            encode_s=(b.encode_s - a.encode_s) / count,
-            send_s=(b.send_s - a.send_s) / count,
+            compute_s=seconds("compute_s"),
+            wait_s=seconds("wait_s"),
+            decode_s=seconds("decode_s"),
+            encode_s=seconds("encode_s"),
+            send_s=seconds("send_s"),
         )
 
 
 def _stages(name: str, nodes: list[NodeStatus]) -> dict[str, StageStatus]:
     return {stage.name: stage for node in nodes for d in node.deployments if d.name == name for stage in d.stages}
-
-
-def report_text(plan: Plan, report: BenchReport) -> str:
-    """Predicted beside measured, for people."""
-    predicted = plan.prediction
-    rows = [("", "predicted", "measured", "measured / predicted")]
-
-    def row(what: str, expected: float | None, seen: float, text: Callable[[float], str]) -> None:
-        rows.append((what, text(expected) if expected else "-", text(seen), f"{seen / expected:.2f}" if expected else "-"))
-
-    def rate(figure: float) -> str:
-        return f"{figure:.4g} batches/s"
-
-    row("latency p50", predicted.latency_s if predicted else None, report.latency_p50_s, seconds_text)
-    row("latency p95", None, report.latency_p95_s, seconds_text)
-    row("throughput", predicted.throughput_per_s if predicted else None, report.throughput_per_s, rate)
-    expected_bytes = dict(predicted.bytes_per_link) if predicted else {}
-    for link in sorted({*expected_bytes, *report.bytes_per_link}):
-        row(f"bytes {link}", expected_bytes.get(link), report.bytes_per_link.get(link, 0), bytes_text)
-    for stage in report.stages:
-        row(f"compute {stage.stage} on {stage.node}", stage.predicted_s, stage.compute_s, seconds_text)
-    lines = [
-        f"{plan.model}: {report.requests} requests one by one, {report.requests} with the pipeline full, batches of {report.batch}",
-        "",
-    ]
-    lines += table(rows)
-    if report.stages:
-        times: list[tuple[str, ...]] = [("stage", "node", "wait", "decode", "compute", "encode", "send")]
-        for s in report.stages:
-            times.append((s.stage, s.node, *(seconds_text(t) for t in (s.wait_s, s.decode_s, s.compute_s, s.encode_s, s.send_s))))
-        lines += ["", "measured per request, pipeline full", *table(times)]
-    return "\n".join(lines)

@@ -1,22 +1,20 @@
-"""`splitnet probe`, `splitnet profile`, `splitnet plan`, `splitnet bench`."""
+"""`splitnet probe`, `splitnet profile`, `splitnet plan`; `splitnet bench` stands beside."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from partitioner.bench_command import bench
+from partitioner.options import FILE, Size, measuring, progress_bar, say
 from splitnet.cluster import Cluster
 from splitnet.errors import BadInput, BadPlan
 from splitnet.explain import bytes_text, seconds_text, table
-from splitnet.plan import Plan
 
 if TYPE_CHECKING:
     from partitioner.graph import ModelGraph
@@ -24,26 +22,13 @@ if TYPE_CHECKING:
 
 __all__ = ["bench", "plan", "probe", "profile"]
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
 _TOP_OPERATORS = 12
 _BUSY = 0.15  # a spread of whole runs beyond which a profile is doubtful
 
 
-class _Size(click.ParamType[tuple[str, int]]):
-    name = "symbol=n"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
-        if isinstance(value, tuple):  # click may convert twice
-            return value
-        symbol, _, size = value.partition("=")
-        if not symbol or not size.isdigit() or int(size) < 1:
-            self.fail(f"{value!r} is not SYMBOL=N, as in sequence=128", param, ctx)
-        return symbol, int(size)
-
-
 @click.command()
 @click.option("--node", "addresses", multiple=True, required=True, metavar="HOST:PORT", help="A node; give each one.")
-@click.option("-o", "--output", type=_FILE, required=True, help="The cluster file to write.")
+@click.option("-o", "--output", type=FILE, required=True, help="The cluster file to write.")
 @click.option(
     "--budget",
     "budget_s",
@@ -65,7 +50,7 @@ def probe(addresses: tuple[str, ...], output: Path, budget_s: float, as_json: bo
     from partitioner.bandwidth import matrix, survey
     from splitnet import background
 
-    with _bar("probing") as advance:
+    with progress_bar("probing") as advance:
         found = background.run(survey(addresses, budget_s=budget_s, on_progress=advance))
     found.cluster.save(output)
     if as_json:
@@ -86,43 +71,21 @@ def probe(addresses: tuple[str, ...], output: Path, budget_s: float, as_json: bo
     click.echo(f"wrote {output}")
 
 
-def _measuring(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of whatever measures operators on nodes."""
-    for option in (
-        click.option("--scale", is_flag=True, help="Ask no node: scale this machine's times by the reference kernel's."),
-        click.option("--no-cache", is_flag=True, help="Neither use nor keep what was measured before (~/.cache/splitnet/profiles)."),
-        click.option("--refresh", is_flag=True, help="Measure again, and keep that."),
-        click.option(
-            "--real-weights", is_flag=True, help="Ship the model's own weights to be measured, not random ones of the same shape."
-        ),
-        click.option(
-            "--budget",
-            "budget_s",
-            type=click.FloatRange(min=0.1, max=60),
-            default=5.0,
-            show_default=True,
-            help="Seconds for each kind of node.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
 @click.command()
 @click.argument("model")
 @click.option(
-    "--cluster", "cluster_file", type=_FILE, help="Measure on the nodes of this cluster too, each with its own engine and threads."
+    "--cluster", "cluster_file", type=FILE, help="Measure on the nodes of this cluster too, each with its own engine and threads."
 )
-@click.option("-o", "--output", type=_FILE, required=True, help="The profile to write.")
+@click.option("-o", "--output", type=FILE, required=True, help="The profile to write.")
 @click.option("--batch", type=click.IntRange(min=1), help="Items per batch.  [default: as the model's example]")
-@click.option("--size", "sizes", multiple=True, type=_Size(), help="The size of another symbolic dimension, as sequence=128.")
+@click.option("--size", "sizes", multiple=True, type=Size(), help="The size of another symbolic dimension, as sequence=128.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads that measure, as the nodes' --threads.")
 @click.option("--repeats", type=click.IntRange(min=1), default=10, show_default=True, help="Runs of which the median is taken.")
-@_measuring
+@measuring
 @click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
 def profile(
     model: str, cluster_file: Path | None, output: Path, batch: int | None, sizes: tuple[tuple[str, int], ...], threads: int,
-    repeats: int, as_json: bool, **measuring: Any,
+    repeats: int, as_json: bool, **measured_by: Any,
 ) -> None:  # fmt: skip
     """Measure the operators of MODEL on this machine, and on the nodes of a cluster.
 
@@ -139,7 +102,7 @@ def profile(
     """
     cluster = Cluster.load(cluster_file) if cluster_file else None
     graph = _load(model, _sizes(batch, sizes))
-    measured = _measure(graph, cluster, threads, repeats, measuring)
+    measured = _measure(graph, cluster, threads, repeats, measured_by)
     measured.save(output)
     if as_json:
         click.echo(measured.to_json(), nl=False)
@@ -150,25 +113,25 @@ def profile(
 
 @click.command()
 @click.argument("model")
-@click.option("--cluster", "cluster_file", type=_FILE, required=True, help="The cluster file, as `splitnet probe` writes it.")
+@click.option("--cluster", "cluster_file", type=FILE, required=True, help="The cluster file, as `splitnet probe` writes it.")
 @click.option("--objective", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True, help="What to make best.")
-@click.option("-o", "--output", type=_FILE, required=True, help="The plan to write; the shards go to a folder beside it.")
-@click.option("--profile", "profile_file", type=_FILE, help="A profile made before, instead of measuring now.")
+@click.option("-o", "--output", type=FILE, required=True, help="The plan to write; the shards go to a folder beside it.")
+@click.option("--profile", "profile_file", type=FILE, help="A profile made before, instead of measuring now.")
+@click.option("--from-bench", "bench_file", type=FILE, help="Correct the figures by what `splitnet bench -o` has measured.")
 @click.option("--stages", type=click.IntRange(min=1), help="Exactly so many stages, even where fewer would be better.")
 @click.option("--max-stages", type=click.IntRange(min=1), help="At most so many stages.")
 @click.option("--at", multiple=True, metavar="OPERATOR", help="Cut by hand before this operator; may be given several times, in order.")
 @click.option("--on", "nodes", multiple=True, metavar="NODE", help="With --at: the nodes of the stages, in order.")
 @click.option("--forbid", multiple=True, metavar="NODE", help="Leave this node out.")
 @click.option("--batch", type=click.IntRange(min=1), help="Items per batch that the plan is made for.  [default: as the model's example]")
-@click.option("--size", "sizes", multiple=True, type=_Size(), help="The size of another symbolic dimension, as sequence=128.")
+@click.option("--size", "sizes", multiple=True, type=Size(), help="The size of another symbolic dimension, as sequence=128.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads that measure on this machine.")
-@_measuring
-@click.option("--draw", "picture", type=_FILE, help="Draw the plan and what else could be planned, into .html, .svg or .png.")
+@measuring
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(
-    model: str, cluster_file: Path, objective: str, output: Path, profile_file: Path | None, stages: int | None, max_stages: int | None,
+    model: str, cluster_file: Path, objective: str, output: Path, profile_file: Path | None, bench_file: Path | None, stages: int | None, max_stages: int | None,
     at: tuple[str, ...], nodes: tuple[str, ...], forbid: tuple[str, ...], batch: int | None, sizes: tuple[tuple[str, int], ...],
-    threads: int, picture: Path | None, as_json: bool, **measuring: Any,
+    threads: int, as_json: bool, **measured_by: Any,
 ) -> None:  # fmt: skip
     """Choose where to cut MODEL for a cluster, and cut it.
 
@@ -181,17 +144,13 @@ def plan(
     \b
     Example: cut by hand into two
       splitnet plan py:shop.model:build --cluster cluster.toml --at linear_3 --on strong --on weak -o plan.json
-    \b
-    Example: with a page of pictures
-      splitnet plan hf:./minilm --cluster cluster.toml -o plan.json --draw plan.html
     """
     import partitioner
-    from partitioner.drawing import check_path, draw
+    from partitioner.bench_report import BenchReport
+    from partitioner.feedback import corrected
     from partitioner.profiling import Profile
     from partitioner.resizing import at_sizes
 
-    if picture:
-        check_path(picture)  # now, and not after minutes of measuring
     cluster = Cluster.load(cluster_file)
     given = Profile.load(profile_file) if profile_file else None
     wanted = _sizes(batch, sizes)
@@ -203,63 +162,28 @@ def plan(
     if given and given.structure.sha256 != graph.sha256:
         raise BadPlan(f"the profile {profile_file} is of another model ({given.structure.name})", remedy="profile this model again")
     graph = at_sizes(graph, given.structure.symbols if given else wanted)
-    measured = given or _measure(graph, cluster, threads, 10 if measuring["scale"] else 3, measuring)
+    measured = given or _measure(graph, cluster, threads, 10 if measured_by["scale"] else 3, measured_by)
+    if bench_file:
+        measured, cluster = corrected(measured, cluster, BenchReport.load(bench_file))
     chosen = partitioner.plan(
         measured, cluster, objective=objective, stages=stages, max_stages=max_stages, forbid=forbid, at=at or None, nodes=nodes or None
     )
-    _say("cutting the model")
+    say("cutting the model")
     shards = partitioner.cut(graph, chosen, output.with_suffix(".shards"))
     chosen = chosen.with_shards({stage: shard.sha256 for stage, shard in shards.items()})
     chosen.save(output)
-    if picture:
-        _say(f"drawing {picture}")
-        draw(chosen, picture, profile=measured, cluster=cluster, planner=functools.partial(partitioner.plan, forbid=forbid))
     if as_json:
         click.echo(chosen.to_json(), nl=False)
         return
     click.echo(chosen.explain())
-    click.echo(f"\nwrote {output} and {output.with_suffix('.shards')}" + (f", and drew {picture}" if picture else ""))
-
-
-@click.command()
-@click.argument("plan_file", metavar="PLAN", type=_FILE)
-@click.option("--name", default="", help="The deployment's name, if it was given one.")
-@click.option("--requests", type=click.IntRange(min=2), default=40, show_default=True, help="Requests one by one, and again at once.")
-@click.option("--size", "sizes", multiple=True, type=_Size(), help="The size of a symbolic dimension.  [default: the plan's]")
-@click.option("--timeout", "timeout_s", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Seconds for each request.")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def bench(plan_file: Path, name: str, requests: int, sizes: tuple[tuple[str, int], ...], timeout_s: float, as_json: bool) -> None:
-    """Send random requests to a deployed PLAN, and put measured figures beside the predicted ones.
-
-    \b
-    Example: after `splitnet deploy plan.json`
-      splitnet bench plan.json --requests 100
-    """
-    from partitioner.benching import bench as measure
-    from partitioner.benching import report_text
-
-    loaded = Plan.load(plan_file)
-    with _bar("sending requests") as advance:
-        report = measure(
-            loaded,
-            deployment=name,
-            requests=requests,
-            sizes=dict(sizes),
-            timeout_s=timeout_s,
-            on_progress=lambda done, total: advance(done, total, ""),
-        )
-    if as_json:
-        predicted = dataclasses.asdict(loaded.prediction) if loaded.prediction else None
-        click.echo(json.dumps({"predicted": predicted, "measured": dataclasses.asdict(report)}, indent=1, sort_keys=True))
-    else:
-        click.echo(report_text(loaded, report))
+    click.echo(f"\nwrote {output} and {output.with_suffix('.shards')}")
 
 
 def _load(model: str, sizes: Mapping[str, int]) -> ModelGraph:
     import partitioner
     from partitioner.resizing import at_sizes
 
-    _say(f"capturing {model}")
+    say(f"capturing {model}")
     return at_sizes(partitioner.load_model(model), sizes)
 
 
@@ -267,20 +191,20 @@ def _sizes(batch: int | None, sizes: tuple[tuple[str, int], ...]) -> dict[str, i
     return dict(sizes) | ({"batch": batch} if batch else {})
 
 
-def _measure(graph: ModelGraph, cluster: Cluster | None, threads: int, repeats: int, measuring: Mapping[str, Any]) -> Profile:
+def _measure(graph: ModelGraph, cluster: Cluster | None, threads: int, repeats: int, measured_by: Mapping[str, Any]) -> Profile:
     import partitioner
     from partitioner.profile_cache import ProfileCache, default_directory
     from partitioner.profiling_nodes import Options
 
     options = Options(
-        budget_s=measuring["budget_s"],
-        cache=None if measuring["no_cache"] else ProfileCache(default_directory()),
-        refresh=measuring["refresh"],
-        real_weights=measuring["real_weights"],
+        budget_s=measured_by["budget_s"],
+        cache=None if measured_by["no_cache"] else ProfileCache(default_directory()),
+        refresh=measured_by["refresh"],
+        real_weights=measured_by["real_weights"],
     )
-    with _bar("measuring operators") as advance:
+    with progress_bar("measuring operators") as advance:
         return partitioner.profile(
-            graph, cluster=cluster, threads=threads, repeats=repeats, options=options, scale=measuring["scale"], on_progress=advance
+            graph, cluster=cluster, threads=threads, repeats=repeats, options=options, scale=measured_by["scale"], on_progress=advance
         )
 
 
@@ -308,25 +232,3 @@ def _profile_lines(measured: Profile) -> list[str]:
         rows_of_nodes += [(name, seconds_text(sum(c.seconds)), c.how) for name, c in measured.columns.items() if name != HERE]
         lines += ["", *table(rows_of_nodes)]
     return lines
-
-
-def _say(text: str) -> None:
-    """A step that has no bar; on a terminal only, and not into what is piped."""
-    if sys.stderr.isatty():
-        click.echo(text, err=True)
-
-
-@contextmanager
-def _bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on a terminal (stderr, so that the result can be piped); nothing elsewhere. Yields advance(done, total, what)."""
-    if not sys.stderr.isatty():
-        yield lambda done, total, what: None
-        return
-    bar: Any
-    with click.progressbar(length=1, label=label, file=sys.stderr, item_show_func=lambda item: item) as bar:
-
-        def advance(done: int, total: int, what: str) -> None:
-            bar.length = total
-            bar.update(done - bar.pos, what)
-
-        yield advance

@@ -123,6 +123,7 @@ def test_the_whole_way_by_commands(boxes: LocalCluster, shop: Path, capsys: pyte
             assert (torch.from_numpy(answer) == module(torch.from_numpy(inputs["x"]))).all()
     finally:
         splitnet.undeploy(plan, "residual")
+    Path("plan.shards").rename("elsewhere")
     assert run(cli.bench, "plan.json", "--name", "residual") == 2
     assert "no deployment 'residual'" in capsys.readouterr().err
 
