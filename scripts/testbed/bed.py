@@ -36,7 +36,7 @@ class RelayProcess:
         path = os.pathsep.join([str(_SCRIPTS), *filter(None, [os.environ.get("PYTHONPATH")])])
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "testbed.relay"],
+                [*_launched(None), sys.executable, "-m", "testbed.relay"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env={**os.environ, "PYTHONPATH": path},
                 start_new_session=True,  # Ctrl-C in a terminal is for whoever runs the testbed, who then stops this in order
             )  # fmt: skip
@@ -156,6 +156,10 @@ class Testbed:
     def cluster(self) -> Cluster:
         return self.spec.cluster(self.addresses)
 
+    def has_share(self, name: str) -> bool:
+        """Whether the node is held to a share of its own."""
+        return name in self._shares
+
     def pid(self, name: str) -> int:
         return self._processes[name].pid
 
@@ -205,10 +209,8 @@ class Testbed:
     def _start(self, node: NodeSpec) -> subprocess.Popen[bytes]:
         home = self.folder / node.name
         home.mkdir()
-        share = self._shares.get(node.name)
         command = [
-            sys.executable, str(_LAUNCH), *(["--group", str(share.tasks)] if share else []), "--",
-            sys.executable, "-m", "splitnet", "node", "--listen", "127.0.0.1:0", "--name", node.name, "--threads", str(node.threads),
+            *_launched(self._shares.get(node.name)), sys.executable, "-m", "splitnet", "node", "--listen", "127.0.0.1:0", "--name", node.name, "--threads", str(node.threads),
             "--memory", str(node.memory_bytes), "--data", str(home / "data"), "--announce", str(home / "address"), "--log-json",
         ]  # fmt: skip
         with (home / "log").open("wb") as log:
@@ -227,6 +229,13 @@ class Testbed:
             process.terminate()
         for process in self._processes.values():
             _end(process)
+
+
+def _launched(share: cpu.Share | None) -> list[str]:
+    """What stands before a command that is to run in that share; without one, in the group around this process's own."""
+    around = cpu.controller()
+    tasks = share.tasks if share else around / "cgroup.procs" if isinstance(around, Path) else None
+    return [sys.executable, str(_LAUNCH), *(["--group", str(tasks)] if tasks else []), "--"]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

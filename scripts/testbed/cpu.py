@@ -8,14 +8,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["PERIOD_S", "Share", "controller", "shares"]
+__all__ = ["PERIOD_S", "Share", "controller", "hurried", "shares"]
 
-PERIOD_S = 0.02  #: a node gets its share anew so often. The kernel's default of 0.1 s would make a request wait up to that long
+PERIOD_S = 0.01  #: a node gets its share anew so often. The kernel's default of 0.1 s would make a request wait up to that long
+_WEIGHT = 1 << 18  # the most there is: what else runs on this machine must not take a node's share away
 _EMPTY_S = 2.0
+_PREFIX = "splitnet-testbed-"
 
 
 def controller(mounts: Path = Path("/proc/self/mountinfo"), groups: Path = Path("/proc/self/cgroup")) -> Path | str:
-    """The directory of this process's own group in the cpu controller, or why there is none that can be used."""
+    """The directory of this process's own group in the cpu controller (the one around it where it is `hurried`), or why there is none that
+    can be used."""
     root = None
     for line in mounts.read_text().splitlines():
         fields, _, rest = line.partition(" - ")
@@ -30,6 +33,8 @@ def controller(mounts: Path = Path("/proc/self/mountinfo"), groups: Path = Path(
         if "cpu" in names.split(","):
             own = path
     directory = root / own.lstrip("/")
+    if directory.name.startswith(_PREFIX):
+        directory = directory.parent
     if not (directory / "cpu.cfs_quota_us").exists():
         return f"{directory} has no cpu.cfs_quota_us"
     if not os.access(directory, os.W_OK):
@@ -38,14 +43,16 @@ def controller(mounts: Path = Path("/proc/self/mountinfo"), groups: Path = Path(
 
 
 class Share:
-    """A group that may use `cores` processors' time. To be closed when its processes have ended."""
+    """A group that may use `cores` processors' time (0: all there is), and goes before everything that is in no such group. To be closed
+    when its processes have ended."""
 
     def __init__(self, parent: Path, name: str, cores: float) -> None:
-        self.directory = parent / f"splitnet-testbed-{os.getpid()}-{name}"
+        self.directory = parent / f"{_PREFIX}{os.getpid()}-{name}"
         self.directory.mkdir()
         period_us = round(PERIOD_S * 1e6)
         (self.directory / "cpu.cfs_period_us").write_text(str(period_us))
-        (self.directory / "cpu.cfs_quota_us").write_text(str(max(round(cores * period_us), 1000)))
+        (self.directory / "cpu.cfs_quota_us").write_text(str(max(round(cores * period_us), 1000) if cores else -1))
+        (self.directory / "cpu.shares").write_text(str(_WEIGHT))
 
     @property
     def tasks(self) -> Path:
@@ -71,6 +78,22 @@ class Share:
                 time.sleep(0.01)
             else:
                 return
+
+
+@contextlib.contextmanager
+def hurried() -> Iterator[bool]:
+    """Within the block this process (the client of a measurement) goes before what else runs on this machine, as the nodes with a share
+    do; False where that cannot be had."""
+    parent = controller()
+    if isinstance(parent, str):
+        yield False
+        return
+    with contextlib.closing(Share(parent, "client", 0.0)) as share:
+        share.tasks.write_text(str(os.getpid()))
+        try:
+            yield True
+        finally:
+            (parent / "cgroup.procs").write_text(str(os.getpid()))
 
 
 @contextlib.contextmanager
