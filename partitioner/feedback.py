@@ -24,6 +24,7 @@ __all__ = ["corrected"]
 
 _SATURATED = 0.8  # share of the time that a link's sender spent waiting for it
 _SANE = 20.0  # a factor beyond this says that the report is of other hardware
+_NOTICEABLE_S = 0.01  # and nothing of what takes less than this, on a busy box
 
 
 def corrected(profile: Profile, cluster: Cluster, report: BenchReport) -> tuple[Profile, Cluster]:
@@ -64,7 +65,7 @@ def _factor(measured_s: float, profiled_s: float, what: str) -> float:
     if not profiled_s or not measured_s:
         return 1.0
     factor = measured_s / profiled_s
-    if not 1 / _SANE < factor < _SANE:
+    if not 1 / _SANE < factor < _SANE and max(measured_s, profiled_s) > _NOTICEABLE_S:
         raise BadInput(
             f"{what} took {factor:.3g} times what was profiled: the benchmark is not of these nodes",
             remedy="probe, profile and bench again",
