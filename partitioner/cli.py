@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -127,11 +128,12 @@ def profile(
 @click.option("--size", "sizes", multiple=True, type=Size(), help="The size of another symbolic dimension, as sequence=128.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads that measure on this machine.")
 @measuring
+@click.option("--draw", "picture", type=FILE, help="Draw the plan and what else could be planned, into .html, .svg or .png.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(
     model: str, cluster_file: Path, objective: str, output: Path, profile_file: Path | None, bench_file: Path | None, stages: int | None, max_stages: int | None,
     at: tuple[str, ...], nodes: tuple[str, ...], forbid: tuple[str, ...], batch: int | None, sizes: tuple[tuple[str, int], ...],
-    threads: int, as_json: bool, **measured_by: Any,
+    threads: int, picture: Path | None, as_json: bool, **measured_by: Any,
 ) -> None:  # fmt: skip
     """Choose where to cut MODEL for a cluster, and cut it.
 
@@ -144,13 +146,19 @@ def plan(
     \b
     Example: cut by hand into two
       splitnet plan py:shop.model:build --cluster cluster.toml --at linear_3 --on strong --on weak -o plan.json
+    \b
+    Example: with a page of pictures
+      splitnet plan hf:./minilm --cluster cluster.toml -o plan.json --draw plan.html
     """
     import partitioner
     from partitioner.bench_report import BenchReport
+    from partitioner.drawing import check_path, draw
     from partitioner.feedback import corrected
     from partitioner.profiling import Profile
     from partitioner.resizing import at_sizes
 
+    if picture:
+        check_path(picture)  # now, and not after minutes of measuring
     cluster = Cluster.load(cluster_file)
     given = Profile.load(profile_file) if profile_file else None
     wanted = _sizes(batch, sizes)
@@ -172,11 +180,14 @@ def plan(
     shards = partitioner.cut(graph, chosen, output.with_suffix(".shards"))
     chosen = chosen.with_shards({stage: shard.sha256 for stage, shard in shards.items()})
     chosen.save(output)
+    if picture:
+        say(f"drawing {picture}")
+        draw(chosen, picture, profile=measured, cluster=cluster, planner=functools.partial(partitioner.plan, forbid=forbid))
     if as_json:
         click.echo(chosen.to_json(), nl=False)
         return
     click.echo(chosen.explain())
-    click.echo(f"\nwrote {output} and {output.with_suffix('.shards')}")
+    click.echo(f"\nwrote {output} and {output.with_suffix('.shards')}" + (f", and drew {picture}" if picture else ""))
 
 
 def _load(model: str, sizes: Mapping[str, int]) -> ModelGraph:
