@@ -209,9 +209,9 @@ async def test_what_a_stranger_may_send(boxes: LocalCluster, wide: ModelGraph, t
 
 async def test_what_serves_keeps_its_memory(wide: ModelGraph, tmp_path: Path) -> None:
     shard = _whole(wide, tmp_path / "whole", [])
-    with LocalCluster(1, memory_bytes=wide.structure.param_bytes // 2) as small:
-        with pytest.raises(InsufficientMemory, match="measuring this model needs"):
-            await _measure(small.addresses["a"], shard, dict(wide.example_inputs))
+    small = LocalCluster(1, memory_bytes=wide.structure.param_bytes // 2)
+    with small, pytest.raises(InsufficientMemory, match="measuring this model needs"):
+        await _measure(small.addresses["a"], shard, dict(wide.example_inputs))
 
 
 async def test_one_at_a_time_and_between_requests(boxes: LocalCluster, tmp_path: Path) -> None:
