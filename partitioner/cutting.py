@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from partitioner.graph import ModelGraph, weight_spec
-from partitioner.layout import Layout, StageLayout, lay_out
+from partitioner.layout import Layout, StageLayout, lay_out_again
 from splitnet.errors import BadPlan
 from splitnet.plan import Plan
 from splitnet.shard import Shard, write_shard
@@ -26,8 +26,7 @@ def cut(model: ModelGraph, plan: Plan, directory: str | Path) -> dict[str, Shard
             f"the plan is for the model {plan.model!r} ({plan.model_sha256[:12]}), not for {model.name!r} ({model.sha256[:12]})",
             remedy="make the plan again for this model",
         )
-    assignment = {operator: index for index, stage in enumerate(plan.stages) for operator in stage.operators}
-    layout = lay_out(model.structure, assignment)
+    layout = lay_out_again(model.structure, plan.stages)
     _check(plan, layout)
     shards = {}
     for stage in layout.stages:

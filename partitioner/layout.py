@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from partitioner.recompute import choose, data_inputs
 from partitioner.sizes import SizeSource, find_sources, missing
 from partitioner.structure import Structure, Vertex
 from splitnet.errors import BadPlan, CaptureError
-from splitnet.plan import CLIENT, Transfer
+from splitnet.plan import CLIENT, StageSpec, Transfer
 from splitnet.tensors import TensorSpec
 
-__all__ = ["Flow", "Layout", "StageLayout", "crossing_bytes", "lay_out"]
+__all__ = ["Flow", "Layout", "Prices", "StageLayout", "crossing_bytes", "lay_out", "lay_out_again"]
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,35 @@ class Layout:
         )
 
 
-def lay_out(structure: Structure, assignment: Mapping[str, int]) -> Layout:
+class Prices(Protocol):
+    """What receiving and computing again cost, in seconds; see `partitioner.recompute`. Stages by index; None is the client."""
+
+    def receive_s(self, source: int | None, target: int, size_bytes: int) -> float:
+        """inf: it must not be sent there."""
+        ...
+
+    def compute_s(self, stage: int, operator: str) -> float: ...
+
+
+def lay_out_again(structure: Structure, stages: Sequence[StageSpec]) -> Layout:
+    """The layout that a plan's stages were made from. Where their inputs are not those of the fewest bytes, they are taken as they stand."""
+    assignment = {operator: index for index, stage in enumerate(stages) for operator in stage.operators}
+    layout = lay_out(structure, assignment)
+    planned = {index: {spec.name for spec in stage.inputs} for index, stage in enumerate(stages)}
+    if any({spec.name for spec in stage.inputs} != planned[stage.index] for stage in layout.stages):
+        return _Layouter(structure, assignment, receives=planned).layout()
+    return layout
+
+
+def lay_out(structure: Structure, assignment: Mapping[str, int], *, prices: Prices | None = None) -> Layout:
     """Lays a model out over stages.
 
     `assignment` gives each vertex its stage's index; model inputs need none (they come from the client), and cheap vertices
-    may be left out (every stage that needs one then computes it). Raises BadPlan for a vertex that is unknown or missing, and
+    may be left out (every stage that needs one then computes it). What to send and what to compute again is decided by bytes, or by
+    `prices`. Raises BadPlan for a vertex that is unknown or missing, and
     CaptureError where two stages would wait for each other.
     """
-    return _Layouter(structure, assignment).layout()
+    return _Layouter(structure, assignment, prices=prices).layout()
 
 
 @dataclass
@@ -85,8 +108,11 @@ class _Stage:
 
 
 class _Layouter:
-    def __init__(self, structure: Structure, assignment: Mapping[str, int]) -> None:
-        self.structure = structure
+    def __init__(
+        self, structure: Structure, assignment: Mapping[str, int], *, prices: Prices | None = None,
+        receives: Mapping[int, Collection[str]] | None = None,
+    ) -> None:  # fmt: skip
+        self.structure, self.prices, self.receives = structure, prices, receives
         for name in assignment:
             if name not in structure.vertex:
                 raise BadPlan(f"no operator {name!r} in the model {structure.name!r}", remedy="make the plan again for this model")
@@ -151,7 +177,17 @@ class _Layouter:
             producer = structure.producer[value].name
             return value in self.model_inputs or self.owner.get(producer, stage.index) != stage.index
 
-        choice = choose(structure, sorted(needed), local | forced, can_receive)
+        def receivable(value: str) -> bool:
+            if self.receives is not None:
+                return can_receive(value) and value in self.receives[stage.index]
+            return can_receive(value) and (self.prices is None or math.isfinite(self._receive_s(stage, value)))
+
+        prices = self.prices
+        choice = choose(
+            structure, sorted(needed), local | forced, receivable,
+            receive_cost=None if prices is None else lambda value: _picoseconds(self._receive_s(stage, value)),
+            compute_cost=None if prices is None else lambda vertex: _picoseconds(prices.compute_s(stage.index, vertex.name)),
+        )  # fmt: skip
         stage.received = forced | choice.received
         running = choice.computed | {v.name for v in own}
         stage.executed = [v for v in structure.vertices if v.name in running]
@@ -160,6 +196,11 @@ class _Layouter:
             stage.received.add(min(self.model_inputs, key=lambda name: (structure.value_bytes[name], name)))
         for value in stage.received - self.model_inputs:
             self._owner_of(value).demanded.add(value)
+
+    def _receive_s(self, stage: _Stage, value: str) -> float:
+        assert self.prices is not None
+        source = None if value in self.model_inputs else self.owner.get(self.structure.producer[value].name)
+        return self.prices.receive_s(source, stage.index, self.structure.value_bytes[value])
 
     def _settle_sizes(self, stage: _Stage) -> None:
         """Finds each size in the shape of a tensor that is received anyway; else it comes as a number from the stage that owns it; else from
@@ -230,6 +271,10 @@ class _Layouter:
             Flow(*end, tuple(sorted(ends[end], key=self.rank.__getitem__)), sum(self.structure.value_bytes[v] for v in ends[end]))
             for end in sorted(ends, key=position)
         ]
+
+
+def _picoseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1e12))
 
 
 def _words(text: str) -> set[str]:

@@ -33,21 +33,26 @@ def data_inputs(structure: Structure, vertex: Vertex) -> list[str]:
     return [value for value in vertex.inputs if not structure.sizes.get(value)]
 
 
-def choose(structure: Structure, needed: Iterable[str], present: Collection[str], can_receive: Callable[[str], bool]) -> Choice:
-    """The cheapest way to have the values `needed`.
+def choose(
+    structure: Structure, needed: Iterable[str], present: Collection[str], can_receive: Callable[[str], bool],
+    *, receive_cost: Callable[[str], int] | None = None, compute_cost: Callable[[Vertex], int] | None = None,
+) -> Choice:  # fmt: skip
+    """The cheapest way to have the values `needed`: what is received costs its bytes, unless `receive_cost` says otherwise; what is computed again
+    costs nothing, unless `compute_cost` does (whole numbers of one unit, picoseconds say).
 
     `present` values are there anyway. `can_receive(value)` says whether a value may be received; every value whose producer is not
     cheap must be receivable or present. Of several minimal cuts the one nearest to `needed` is taken: it computes the least again.
     """
     targets = [value for value in needed if value not in present]
     network = _Network()
+    price = receive_cost or structure.value_bytes.__getitem__
     entry: dict[str, int] = {}
     pending = list(targets)
     while pending:
         value = pending.pop()
         if value in entry:
             continue
-        entry[value] = network.vertex(structure.value_bytes[value] if can_receive(value) else _INFINITE)
+        entry[value] = network.vertex(price(value) if can_receive(value) else _INFINITE)
         producer = structure.producer[value]
         if producer.cheap:
             pending.extend(v for v in data_inputs(structure, producer) if v not in present)
@@ -56,6 +61,8 @@ def choose(structure: Structure, needed: Iterable[str], present: Collection[str]
         if not producer.cheap:
             network.join(_SOURCE, at)
         else:
+            if compute_cost and (cost := compute_cost(producer)):
+                network.join(_SOURCE, at, cost)
             for used in data_inputs(structure, producer):
                 if used not in present:
                     network.join(entry[used] + 1, at)
@@ -92,8 +99,8 @@ class _Network:
         self._arc(at, at + 1, capacity)
         return at
 
-    def join(self, start: int, end: int) -> None:
-        self._arc(start, end, _INFINITE)
+    def join(self, start: int, end: int, room: int = _INFINITE) -> None:
+        self._arc(start, end, room)
 
     def _arc(self, start: int, end: int, room: int) -> None:
         for a, b, r in ((start, end, room), (end, start, 0)):

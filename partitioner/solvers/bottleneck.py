@@ -20,6 +20,7 @@ __all__ = ["Bottleneck"]
 
 _NEVER = -np.inf
 _LESS = 1 - 1e-12
+_NEAR = 3e-3  # where choices are dropped nothing is proven, and closer is not worth the time
 _ANY = 1e30  # seconds: no limit, and yet finite
 
 
@@ -63,6 +64,8 @@ class Bottleneck:
             return found, high
         found, best = first, first.value_s
         while best > low and best > 0:
+            if self.width is not None and best - low <= _NEAR * best:
+                break
             middle = (low + best) / 2
             if best - low <= 0.02 * best:
                 if (better := self.within(best * _LESS)) is None:

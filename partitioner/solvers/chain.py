@@ -21,9 +21,9 @@ from partitioner.solvers.sums import Hop, Sums
 
 __all__ = ["MAX_FIGURES", "Answer", "candidates", "is_solvable", "solve_chain"]
 
-MAX_FIGURES = 1 << 25  #: of the table: a quarter of a GiB of float64
+MAX_FIGURES = 1 << 23  #: of the table: 64 MiB of float64, and seconds of time
 _UNITS = 64  # steps of the error budget where the errors are no multiples of anything
-_WIDEST = 48  # choices of devices kept per level where all are too many
+_WIDEST = 288  # choices of devices times kinds kept per level where all are too many
 _TRIED = 64  # quickest plans that are priced to find one within a bottleneck
 
 
@@ -62,7 +62,7 @@ def is_solvable(problem: ChainProblem, most_stages: int) -> bool:
 
 class _Chain:
     def __init__(self, problem: ChainProblem, stages: range, budget: float | None) -> None:
-        self.whole, self.stages, self.budget = problem, stages, budget
+        self.stages = stages
         self.grouped: Grouped = group(problem)
         self.problem = self.grouped.problem
         self.sizes = self.grouped.sizes
@@ -70,7 +70,7 @@ class _Chain:
         firsts = len(self.sizes) if problem.return_bytes else 1
         most = min(max(stages, default=0), len(problem.devices), problem.length)
         figures = table_figures(self.sizes, most, problem.length, firsts, self.units + 1)
-        self.width = None if figures <= MAX_FIGURES else _WIDEST
+        self.width = None if figures <= MAX_FIGURES else max(4, _WIDEST // len(self.sizes))
         self.several = range(max(2, min(stages, default=2)), max(stages, default=0) + 1)
 
     def least_latency(self, bound_s: float) -> Answer:
@@ -91,9 +91,9 @@ class _Chain:
             return Answer(None, math.inf, True)
         exact = not table.dropped and self.measured
         if self.width is None and not self.units:
-            for quick in islice(self.quickest(best.value_s), _TRIED):
-                if self.whole.price(quick)[1] <= best.value_s:
-                    best = Candidate(best.value_s, quick.cuts, quick.order, quick.codecs)
+            for quick in islice(self._sums(best.value_s).candidates(), _TRIED):
+                if self.problem.price(quick)[1] <= best.value_s:
+                    best = self.grouped.unfold(Candidate(best.value_s, quick.cuts, quick.order, quick.codecs))
                     break
         return Answer(best, min(bound, best.value_s) if exact else bound_s, exact and bound >= best.value_s)
 
@@ -144,11 +144,12 @@ class _Chain:
         if 1 not in self.stages:
             return None
         found = []
-        for device in range(len(self.whole.devices)):
-            alone = Candidate(math.inf, (0, self.whole.length), (device,))
-            if self.whole.possible[device, 0, self.whole.length]:
-                found.append(Candidate(self.whole.price(alone)[figure], alone.cuts, alone.order))
-        return min(found, key=lambda c: c.value_s, default=None)
+        for kind in range(len(self.sizes)):
+            alone = Candidate(math.inf, (0, self.problem.length), (kind,))
+            if self.problem.possible[kind, 0, self.problem.length]:
+                found.append(Candidate(self.problem.price(alone)[figure], alone.cuts, alone.order))
+        best = min(found, key=lambda c: c.value_s, default=None)
+        return None if best is None else self.grouped.unfold(best)
 
     def _with_single(self, best: Candidate | None, figure: int) -> Candidate | None:
         single = self._single(figure)

@@ -1,0 +1,354 @@
+"""A profile on a cluster: what the solvers need to know of a captured model."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from partitioner.cost import RAW, CodecFigures, Overhead
+from partitioner.layout import crossing_bytes, lay_out, lay_out_again
+from partitioner.profiling import Profile
+from partitioner.solvers.bound import Instance, bottleneck_bound, latency_bound
+from partitioner.solvers.constraints import Constraints, Operator
+from partitioner.solvers.graphs import overhead_arrays, shared
+from partitioner.solvers.narrowing import narrowed
+from partitioner.solvers.placement import Placement, Realised, Scale
+from partitioner.solvers.problem import ChainProblem, Codecs, Floats, Objective, interval_memory
+from partitioner.solvers.reading import GraphCosts, Value, codec_arrays, link_arrays
+from partitioner.solvers.tiers import two_tiers
+from partitioner.structure import Structure
+from splitnet.cluster import Cluster, ClusterNode, Link
+from splitnet.codecs import codec_names, get_codec
+from splitnet.plan import StageSpec
+
+__all__ = ["Draft"]
+
+MAX_POSITIONS = 300  #: cuts that are considered; beyond, the narrowest of each stretch of equal time
+_MAX_TIERS = 3000  # operators for which a minimum cut is looked for
+_NARROWER = 24
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """A model's operators (vertices, in the structure's order) on the nodes that may be used."""
+
+    profile: Profile
+    nodes: tuple[ClusterNode, ...]
+    links: Mapping[tuple[str, str], Link]
+    seconds: Floats  # (M, vertices)
+    crossing: tuple[int, ...]
+    figures: Mapping[str, CodecFigures]
+    overheads: Mapping[str, Overhead]
+    wishes: Constraints
+    allowed: np.ndarray | None = None
+
+    @classmethod
+    def make(
+        cls, profile: Profile, cluster: Cluster, nodes: Sequence[ClusterNode], wishes: Constraints,
+        codecs: Mapping[str, CodecFigures] | None,
+    ) -> Draft:  # fmt: skip
+        names = tuple(node.name for node in nodes)
+        share = {name: taken[1] for name, taken in wishes.taken.items()}
+        slow = {name: 1.0 / (1.0 - share.get(name, 0.0)) for name in names}
+        figures = _measured_codecs(nodes) if codecs is None else codecs if "raw" in codecs else {**_measured_codecs(nodes, ("raw",)), **codecs}
+        return cls(
+            profile=profile,
+            nodes=tuple(nodes),
+            links={(k.source, k.target): k for k in cluster.links if k.source in names and k.target in names},
+            seconds=np.array([np.asarray(profile.on(node).seconds) * slow[node.name] for node in nodes]),
+            crossing=tuple(crossing_bytes(profile.structure)),
+            figures=shared(figures, names, share),
+            overheads={n.name: Overhead(n.stage_s * slow[n.name], n.message_s * slow[n.name], n.request_s * slow[n.name]) for n in nodes},
+            wishes=wishes,
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(node.name for node in self.nodes)
+
+    @property
+    def structure(self) -> Structure:
+        return self.profile.structure
+
+    @functools.cached_property
+    def limits(self) -> dict[str, float]:
+        return {n.name: max(0.0, (n.memory_bytes or math.inf) - self.wishes.taken.get(n.name, (0.0, 0.0))[0]) for n in self.nodes}
+
+    @functools.cached_property
+    def place(self) -> dict[str, int]:
+        return {vertex.name: i for i, vertex in enumerate(self.structure.vertices)}
+
+    @functools.cached_property
+    def operators(self) -> tuple[Operator, ...]:
+        structure = self.structure
+        inputs = {spec.name for spec in structure.inputs}
+        answers = {structure.producer[o.value].name for o in structure.outputs}
+        return tuple(
+            Operator(
+                v.name, v.scope, reads_input=not v.cheap and v.op != "input" and bool(inputs & set(v.inputs)),
+                gives_output=v.name in answers, before=tuple(self.place[structure.producer[u].name] for u in v.inputs),
+                counts=not v.cheap and v.op != "input",
+            )
+            for v in structure.vertices
+        )  # fmt: skip
+
+    @functools.cached_property
+    def before(self) -> tuple[frozenset[int], ...]:
+        """Operators that costly operators use, costly ones alone: what local search moves."""
+        costly = {i for i, o in enumerate(self.operators) if o.counts}
+        return tuple(frozenset(set(o.before) & costly) if i in costly else frozenset() for i, o in enumerate(self.operators))
+
+    @functools.cached_property
+    def blocks(self) -> tuple[int, ...]:
+        """The stretch between two considered cuts that each vertex stands in."""
+        return tuple(k for k, (a, b) in enumerate(itertools.pairwise(self.positions)) for _ in range(a, b))
+
+    @functools.cached_property
+    def positions(self) -> tuple[int, ...]:
+        """Where cuts are considered: between any two costly operators, at the narrowest place among the cheap ones that stand between them;
+        where these are too many, the narrowest of each stretch of equal time."""
+        costly = [i for i, o in enumerate(self.operators) if o.counts]
+        found = [min(range(a + 1, b + 1), key=lambda i: (self.crossing[i], i)) for a, b in itertools.pairwise(costly)]
+        return narrowed(np.asarray(self.crossing, dtype=np.float64), self.seconds.mean(axis=0), found, MAX_POSITIONS)[0]
+
+    @functools.cached_property
+    def codecs(self) -> Codecs:
+        return codec_arrays(self.figures, self.names, self.operators, self._usable_links(), {})
+
+    def _usable_links(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        return {pair: tuple(codecs) for pair, codecs in self.wishes.link_codecs.items() if set(pair) <= set(self.names)}
+
+    def problem(self, positions: tuple[int, ...]) -> ChainProblem:
+        structure = self.structure
+        spans = list(itertools.pairwise(positions))
+        cut_bytes = np.array([self.crossing[i] for i in positions], dtype=np.float64)
+        cut_bytes[0] = cut_bytes[-1] = 0.0
+        live = _live_bytes(structure)
+        params = [
+            [(p, float(structure.param_sizes[p])) for p in dict.fromkeys(p for v in structure.vertices[a:b] for p in v.params)]
+            for a, b in spans
+        ]
+        bandwidth, latency = link_arrays(self.names, self.links)
+        answers = {o.value for o in structure.outputs}
+        return ChainProblem(
+            devices=self.names,
+            seconds=np.array([[row[a:b].sum() for a, b in spans] for row in self.seconds]),
+            memory=interval_memory([max(live[a:b]) for a, b in spans], params, cut_bytes),
+            limits=np.array([self.limits[name] for name in self.names]),
+            cut_bytes=cut_bytes,
+            return_bytes=float(sum(structure.value_bytes[v] for v in answers)),
+            bandwidth=bandwidth,
+            latency=latency,
+            return_tensors=len(answers),
+            given_codecs=replace(self.codecs, error=self.codecs.error[:, list(positions)]),
+            given_overheads=overhead_arrays(self.names, self.overheads),
+            allowed=None if self.allowed is None else np.logical_and.reduceat(self.allowed, positions[:-1], axis=1),
+        )
+
+    def scale(self, goal: Objective, stages: range) -> Scale:
+        return Scale(
+            realise=self.realise, objective=goal, links=self.links, limits=self.limits, stages=stages, codecs=self.figures,
+            overheads=self.overheads, producers={value: v.name for value, v in self.structure.producer.items()},
+            link_codecs=self._usable_links(), budget=self.wishes.max_accuracy_loss, ingress=self.wishes.ingress,
+        )  # fmt: skip
+
+    def realise(self, placement: Placement) -> Realised:
+        layout = lay_out(
+            self.structure, {v.name: placement.stage_of[i] for i, v in enumerate(self.structure.vertices)}, prices=_Prices(self, placement.order)
+        )
+        names = {stage.index: f"stage{k}" for k, stage in enumerate(layout.stages)}
+        stages = tuple(
+            StageSpec(
+                name=names[stage.index],
+                node=self.names[placement.order[stage.index]],
+                operators=stage.operators,
+                inputs=stage.inputs,
+                outputs=stage.outputs,
+                param_bytes=stage.param_bytes,
+                activation_bytes=stage.activation_bytes,
+                seconds=math.fsum(self.seconds[placement.order[stage.index], self.place[name]] for name in stage.executed),
+                **_ends(self.structure, stage.operators),
+            )
+            for stage in layout.stages
+        )
+        return Realised(stages, layout.transfers(names))
+
+    def reproducible(self, realised: Realised) -> Realised:
+        """The same, or where `cut` would not find the same decisions about what to compute again in it, what `cut` will make of it."""
+        layout = lay_out_again(self.structure, realised.stages)
+        inputs = [{spec.name for spec in stage.inputs} for stage in realised.stages]
+        found = [{spec.name for spec in stage.inputs} for stage in layout.stages]
+        if inputs == found and [s.outputs for s in realised.stages] == [s.outputs for s in layout.stages]:
+            return realised
+        assignment = {name: k for k, stage in enumerate(realised.stages) for name in stage.operators}
+        plain = lay_out(self.structure, assignment)
+        node = {stage.name: k for k, stage in enumerate(self.nodes)}
+        stages = tuple(
+            replace(
+                realised.stages[s.index], inputs=s.inputs, outputs=s.outputs, param_bytes=s.param_bytes, activation_bytes=s.activation_bytes,
+                seconds=math.fsum(self.seconds[node[realised.stages[s.index].node], self.place[name]] for name in s.executed),
+            )
+            for s in plain.stages
+        )  # fmt: skip
+        codecs = {(t.source, t.target): t.codec for t in realised.transfers}
+        transfers = plain.transfers({k: stage.name for k, stage in enumerate(realised.stages)})
+        return Realised(stages, tuple(replace(t, codec=codecs.get((t.source, t.target), "raw")) for t in transfers))
+
+    @functools.cached_property
+    def costly(self) -> GraphCosts:
+        """The operators that run exactly once, with the tensors that they take from each other directly."""
+        kept = [i for i, o in enumerate(self.operators) if o.counts]
+        rank = {i: k for k, i in enumerate(kept)}
+        structure, users = self.structure, dict[str, list[int]]()
+        for i in kept:
+            for value in structure.vertices[i].inputs:
+                users.setdefault(value, []).append(rank[i])
+        answers = {o.value for o in structure.outputs}
+        values = tuple(
+            Value(spec.name, size, rank[i], tuple(users.get(spec.name, ())), spec.name in answers)
+            for i in kept
+            for spec, size in zip(structure.vertices[i].values, structure.vertices[i].value_bytes, strict=True)
+            if spec.name in users or spec.name in answers
+        )
+        before = [tuple(sorted({rank[u] for u in self.operators[i].before if u in rank})) for i in kept]
+        return GraphCosts(
+            operators=tuple(replace(self.operators[i], before=before[k]) for k, i in enumerate(kept)),
+            devices=self.names, seconds=self.seconds[:, kept], values=values,
+            activation_bytes=(0,) * len(kept), param_bytes=self._own_params(kept),
+        )  # fmt: skip
+
+    def _own_params(self, kept: Sequence[int]) -> tuple[int, ...]:
+        """Bytes of the parameters that only one operator uses: they are somewhere exactly once."""
+        uses: dict[str, int] = {}
+        for vertex in self.structure.vertices:
+            for name in vertex.params:
+                uses[name] = uses.get(name, 0) + 1
+        return tuple(sum(self.structure.param_sizes[p] for p in self.structure.vertices[i].params if uses[p] == 1) for i in kept)
+
+    def bound_s(self, goal: Objective) -> float:
+        """A lower bound over all plans. Only operators that run exactly once count: cheap ones may run anywhere, or not at all."""
+        costs = self.costly
+        kept = [i for i, o in enumerate(self.operators) if o.counts]
+        if not kept:
+            return 0.0
+        uses: dict[int, dict[int, float]] = {}
+        for value in costs.values:
+            for user in value.users:
+                carried = uses.setdefault(user, {})
+                carried[value.source] = carried.get(value.source, 0.0) + value.bytes
+        bandwidth, latency = link_arrays(self.names, self.links)
+        structure, inputs = self.structure, {spec.name for spec in self.structure.inputs}
+        entering = [sum(structure.value_bytes[v] for v in structure.vertices[i].inputs if v in inputs) for i in kept]
+        answers: dict[int, float] = {}
+        for value in costs.values:
+            if value.answer:
+                answers[value.source] = answers.get(value.source, 0.0) + value.bytes
+        instance = Instance(
+            seconds=costs.seconds, uses=uses, latency=latency, bandwidth=bandwidth, codecs=self.codecs,
+            stage_s=overhead_arrays(self.names, self.overheads).stage_s, sizes=(1,) * len(self.names),
+            limits=np.array([self.limits[name] for name in self.names]), param_bytes=np.asarray(costs.param_bytes, dtype=np.float64),
+            allowed=None if self.allowed is None else self.allowed[:, kept], input_bytes=np.asarray(entering, dtype=np.float64),
+            return_bytes=answers,
+        )  # fmt: skip
+        return bottleneck_bound(instance) if goal == "throughput" else latency_bound(instance)
+
+    def cuts_for_two(self, goal: Objective, scale: Scale) -> Iterator[Placement]:
+        """For two nodes and latency: what a minimum cut of the costly operators suggests."""
+        costs = self.costly
+        if len(self.nodes) != 2 or goal != "latency" or scale.budget is not None or len(costs.operators) > _MAX_TIERS:
+            return
+        kept = [i for i, o in enumerate(self.operators) if o.counts]
+        bandwidth, latency = link_arrays(self.names, self.links)
+        problem = costs.problem(
+            np.array([self.limits[name] for name in self.names]), (bandwidth, latency),
+            replace(self.codecs, error=np.zeros((len(self.codecs.names), len(kept) + 1))), overhead_arrays(self.names, self.overheads),
+            None if self.allowed is None else self.allowed[:, kept], (0, len(kept)),
+        )  # fmt: skip
+        for placement in two_tiers(costs, replace(problem, allowed=None if self.allowed is None else self.allowed[:, kept])).placements:
+            stage_of, k = [], 0
+            for i in range(len(self.operators)):
+                if i in kept[k : k + 1]:
+                    k += 1
+                stage_of.append(placement.stage_of[min(k, len(kept) - 1)] if i not in kept[k - 1 : k] else placement.stage_of[k - 1])
+            yield Placement(placement.order, tuple(stage_of))
+
+    def narrower(self, placement: Placement, problem: ChainProblem) -> Iterator[Placement]:
+        """The same order of nodes with one border at a place nearby where less crosses."""
+        count = len(placement.order)
+        cuts = [next((i for i, s in enumerate(placement.stage_of) if s >= k), len(self.operators)) for k in range(count)] + [len(self.operators)]
+        for k in range(1, count):
+            here = cuts[k]
+            better = [i for i in self.positions if cuts[k - 1] < i < cuts[k + 1] and self.crossing[i] < self.crossing[here]]
+            for i in sorted(better, key=lambda i: abs(i - here))[:_NARROWER]:
+                moved = [*cuts[:k], i, *cuts[k + 1 :]]
+                stage_of = tuple(s for s, (a, b) in enumerate(itertools.pairwise(moved)) for _ in range(a, b))
+                yield Placement(placement.order, stage_of)
+
+
+@dataclass(frozen=True)
+class _Prices:
+    """See `partitioner.layout.Prices`: what sending costs on the link between the stages' nodes, and computing on the node."""
+
+    draft: Draft
+    order: tuple[int, ...]
+
+    def receive_s(self, source: int | None, target: int, size_bytes: int) -> float:
+        draft = self.draft
+        first = 0 if source is None else source
+        a, b = draft.names[self.order[first]], draft.names[self.order[target]]
+        if a == b:
+            return 0.0
+        if source is None and draft.wishes.private:
+            return math.inf
+        link = draft.links.get((a, b))
+        if link is None:
+            return math.inf
+        names = ("raw",) if source is None else draft.wishes.link_codecs.get((a, b), tuple(draft.figures))
+        each = [
+            c.encode_s(size_bytes, a) + size_bytes / c.ratio / link.bandwidth_bytes_per_s + c.decode_s(size_bytes, b)
+            for c in (draft.figures[name] for name in names)
+        ]
+        messages = sum(draft.overheads[node].message_s for node in (a, b))
+        return min(each, default=math.inf) + messages
+
+    def compute_s(self, stage: int, operator: str) -> float:
+        return float(self.draft.seconds[self.order[stage], self.draft.place[operator]])
+
+
+def _measured_codecs(nodes: Sequence[ClusterNode], names: Sequence[str] | None = None) -> Mapping[str, CodecFigures]:
+    """The lossless codecs that every node has measured; raw at no cost where it was not."""
+    found: dict[str, CodecFigures] = dict(RAW)
+    for name in names or codec_names():
+        speeds = {node.name: codec for node in nodes for codec in node.codecs if codec.name == name}
+        if len(speeds) == len(nodes) and get_codec(name).lossless:
+            found[name] = CodecFigures(
+                ratio=min(s.ratio for s in speeds.values()),
+                encode_bytes_per_s={node: s.encode_bytes_per_s for node, s in speeds.items()},
+                decode_bytes_per_s={node: s.decode_bytes_per_s for node, s in speeds.items()},
+            )
+    return found
+
+
+def _ends(structure: Structure, operators: Sequence[str]) -> dict[str, str]:
+    """Where a stage begins and ends, for people: by its costly operators."""
+    costly = [name for name in operators if not structure.vertex[name].cheap] or list(operators)
+    first, last = structure.vertex[costly[0]], structure.vertex[costly[-1]]
+    return {"first": first.scope or first.name, "last": last.scope or last.name}
+
+
+def _live_bytes(structure: Structure) -> list[int]:
+    """For each operator: the bytes of all values that are produced by then and used then or later. A stage that runs it holds no more."""
+    count = len(structure.vertices)
+    last = {value: i for i, vertex in enumerate(structure.vertices) for value in vertex.inputs}
+    last |= {output.value: count - 1 for output in structure.outputs}
+    change = [0] * (count + 1)
+    for i, vertex in enumerate(structure.vertices):
+        for spec, size in zip(vertex.values, vertex.value_bytes, strict=True):
+            change[i] += size
+            change[last.get(spec.name, i) + 1] -= size
+    return list(itertools.accumulate(change[:count]))
