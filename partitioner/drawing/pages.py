@@ -91,8 +91,8 @@ def _comparisons(plan: Plan, profile: Profile, cluster: Cluster, planner: Planne
     panels = [
         Panel(
             "What there is to choose from",
-            "Each point is a plan: the best for latency and the best for throughput with every number of stages, and each node alone. "
-            "On the line are those that no other beats in both.",
+            "Each point is a plan: the best for latency and the best for throughput with every number of stages, and each node alone; "
+            "of those within 2% of each other, one. On the line are those that no other beats in both.",
             Pareto(tuple(found)),
             tuple(rows),
         )
@@ -185,6 +185,7 @@ section > p { color: var(--muted); font-size: .86rem; }
 svg { display: block; width: 100%; height: auto; }
 dl { display: flex; flex-wrap: wrap; gap: 8px; margin: 10px 0; }
 dl div { flex: 1 1 106px; background: var(--paper); border: 1px solid var(--grid); border-radius: 10px; padding: 6px 8px; }
+dl div:nth-child(6) { flex-basis: 100%; }
 dt { color: var(--muted); font-size: .82rem; }
 dd { margin: 0; font-size: .94rem; font-weight: 600; overflow-wrap: anywhere; }
 summary { cursor: pointer; padding: 6px 4px; }
@@ -233,11 +234,8 @@ def html_page(plan: Plan, found: Pictures) -> bytes:
 def _headline(plan: Plan) -> str:
     facts = [("stages", str(len(plan.stages))), ("nodes", str(len({s.node for s in plan.stages}))), ("made for", plan.objective)]
     if p := plan.prediction:
-        facts += [
-            ("latency", seconds_text(p.latency_s)),
-            ("throughput", f"{p.throughput_per_s:.3g} /s"),
-            ("bottleneck", p.bottleneck or "-"),
-        ]
+        facts += [("latency", seconds_text(p.latency_s)), ("throughput", f"{p.throughput_per_s:.3g} /s")]
+        facts += [("bottleneck", p.bottleneck.replace("->", " → "))] if p.bottleneck else []
     return "<dl>" + "".join(f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in facts) + "</dl>"
 
 

@@ -38,7 +38,7 @@ class Pareto:
         ys = [c.throughput_per_s for c in self.choices]
         x0, x1 = min(xs), max(xs)
         spread = (x1 - x0) or x1
-        axes.set_xlim(max(0.0, x0 - 0.12 * spread), x1 + 0.18 * spread)
+        axes.set_xlim(max(0.0, x0 - 0.18 * spread), x1 + 0.2 * spread)
         axes.set_ylim(0, max(ys) * 1.18)
         best = front(self.choices)
         steps_x = [c.latency_s * factor for c in best]
@@ -80,8 +80,8 @@ class Pareto:
         for k in order:
             text, (x, y) = self.choices[k].label, spots[k]
             wide = text_width(text, _LETTERS)
-            for dx, dy in ((8, 0), (-8 - wide, 0), (-wide / 2, -11), (-wide / 2, 11), (6, -10), (6, 10), (-6 - wide, -10), (-6 - wide, 10)):
-                box = (x + dx - 1, y + dy - 5.5, x + dx + wide + 1, y + dy + 5.5)
+            for dx, dy in _places(wide):
+                box = (x + dx - 1, y + dy - 4.8, x + dx + wide + 1, y + dy + 4.8)
                 inside = box[0] >= _LEFT + 1 and box[2] <= WIDTH - 2 and box[1] >= _TOP - 4 and box[3] <= _TOP + height - 1
                 if inside and not any(_overlap(box, other) for j, other in enumerate(taken) if j != k):
                     taken.append(box)
@@ -89,6 +89,21 @@ class Pareto:
                         x + dx, y + dy, text, size=_LETTERS, va="center", color=INK if not self.choices[k].alone else MUTED, zorder=6
                     )
                     break
+
+
+def _places(wide: float) -> list[tuple[float, float]]:
+    """Where a label may stand, from its point: beside it, above, below, and then farther off."""
+    near = [
+        (8.0, 0.0),
+        (-8 - wide, 0.0),
+        (-wide / 2, -11.5),
+        (-wide / 2, 11.5),
+        (6.0, -10.0),
+        (6.0, 10.0),
+        (-6 - wide, -10.0),
+        (-6 - wide, 10.0),
+    ]
+    return near + [(dx, dy) for dy in (-15.0, 15.0, -20.0, 20.0, -30.0, 30.0) for dx in (-wide / 2, 2.0, -2 - wide)]
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:

@@ -17,6 +17,7 @@ _GAP_X = 8.0
 _LANE = 7.0  # width of a lane in a gutter
 _HEAD = 7.0  # room for an arrow's head and the start of a line
 _STRAIGHT = 1.0  # ends closer than this are above each other
+_NEARLY = 7.0  # and ends closer than this are put there
 _TRACK, _LABEL = 5.0, 12.0  # heights
 
 
@@ -85,7 +86,8 @@ def arrange(
 
     def ends(edge: int) -> tuple[float, float]:
         a, b = edges[edge]
-        return port(a, out_ports[a], edge), port(b, in_ports[b], edge)
+        xa, xb = port(a, out_ports[a], edge), port(b, in_ports[b], edge)
+        return (xb, xb) if edge not in lanes and abs(xa - xb) < _NEARLY else (xa, xb)
 
     # Tracks: each gap between rows r and r + 1 holds those that turn there.
     tracks: dict[int, list[tuple[int, str]]] = defaultdict(list)
@@ -131,7 +133,8 @@ def arrange(
             y_in = track_y[e, "both"]
             points = [(xa, ya), (xb, yb)] if abs(xa - xb) < _STRAIGHT else [(xa, ya), (xa, y_in), (xb, y_in), (xb, yb)]
         wide = label_width(e) if label_width else 0.0
-        x = xb + 4 if xb + 4 + wide <= width else max(0.0, xb - 4 - wide)
+        # On the right of the last upright part; over it where there is no room, as a label that interrupts its line.
+        x = max(0.0, min(xb + 4, width - wide))
         lines.append(Line(tuple(points), (x, label_y.get(e, y_in))))
     return Drawing(tuple(boxes), tuple(lines), height)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ __all__ = ["Choice", "Planner", "Share", "SweepPoint", "choices", "front", "swee
 Planner = Callable[..., Plan]  #: `partitioner.plan`, perhaps with constraints bound to it
 _MOST_STAGES = 6
 _BITS = 8
+_SAME = 0.02  # relative
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +52,26 @@ class SweepPoint:
 
 
 def choices(plan: Plan, profile: Profile, cluster: Cluster, planner: Planner) -> list[Choice]:
-    """The plan itself, the best of every number of stages for either objective, and every node alone that can hold the model."""
-    found: dict[tuple[float, float], Choice] = {}
+    """The plan itself, every node alone that can hold the model, and the best of every number of stages for either objective. Of those
+    that are as good as equal there is one, in this order."""
+    found: list[Choice] = []
 
     def add(choice: Choice) -> None:
-        found.setdefault((round(choice.latency_s, 9), round(choice.throughput_per_s, 6)), choice)
+        if not any(_close(choice, other) for other in found):
+            found.append(choice)
 
     if plan.prediction:
         add(Choice(f"this plan, {_stages(plan)}", plan.prediction.latency_s, plan.prediction.throughput_per_s, chosen=True))
-        for a in plan.prediction.alternatives:
-            if a.fits:
-                add(Choice(f"{a.node} alone", a.latency_s, a.throughput_per_s, alone=True))
+    free = _try(planner, profile, cluster, objective=plan.objective)
+    for a in free.prediction.alternatives if free and free.prediction else ():
+        if a.fits:
+            add(Choice(f"{a.node} alone", a.latency_s, a.throughput_per_s, alone=True))
     for count in range(2, min(len(cluster.nodes), _MOST_STAGES) + 1):
         for objective in ("latency", "throughput"):
             other = _try(planner, profile, cluster, objective=objective, stages=count)
             if other is not None and other.prediction:
                 add(Choice(_stages(other), other.prediction.latency_s, other.prediction.throughput_per_s))
-    return sorted(found.values(), key=lambda c: (c.latency_s, -c.throughput_per_s))
+    return sorted(found, key=lambda c: (c.latency_s, -c.throughput_per_s))
 
 
 def front(found: Sequence[Choice]) -> list[Choice]:
@@ -107,6 +112,10 @@ def _try(planner: Planner, profile: Profile, cluster: Cluster, **options: Any) -
         return planner(profile, cluster, **options)
     except NoPlan:
         return None
+
+
+def _close(a: Choice, b: Choice) -> bool:
+    return math.isclose(a.latency_s, b.latency_s, rel_tol=_SAME) and math.isclose(a.throughput_per_s, b.throughput_per_s, rel_tol=_SAME)
 
 
 def _stages(plan: Plan) -> str:

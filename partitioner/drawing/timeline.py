@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from partitioner.constants import codec_figures, overheads
-from partitioner.drawing.canvas import INK, MUTED, ON_FILL, WIDTH, Sheet, shortened, stage_colour, text_width, tint
+from partitioner.constants import codec_figures, machines, overheads
+from partitioner.drawing.canvas import INK, MUTED, ON_FILL, WIDTH, Sheet, stage_colour, text_width, tint
 from partitioner.simulation import Interval, Simulation, simulate
 from splitnet.cluster import Cluster
 from splitnet.explain import seconds_text
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Timeline", "timeline"]
 
-_LEFT, _RIGHT = 56.0, 32.0
+_NARROWEST, _WIDEST, _RIGHT = 30.0, 100.0, 32.0  # margins: room for the names
+_NAMES = 8.5
 _ROW, _BAR = 17.0, 12.0
 _TITLE, _AXIS = 18.0, 34.0
 _LEGEND = 18.0
@@ -47,12 +48,20 @@ class Timeline:
     def height(self) -> float:
         return _LEGEND + len(self.parts) * (_TITLE + len(self.rows) * _ROW + _AXIS)
 
+    @property
+    def left(self) -> float:
+        return min(_WIDEST, max(_NARROWEST, *(text_width(_name(row), _NAMES) + 8 for row in self.rows)))
+
+    @property
+    def width(self) -> float:
+        return WIDTH - self.left - _RIGHT
+
     def paint(self, sheet: Sheet) -> None:
         _legend(sheet.plane(), self.plan)
         tall = len(self.rows) * _ROW
         for k, part in enumerate(self.parts):
             top = _LEGEND + k * (_TITLE + tall + _AXIS) + _TITLE
-            self._paint_part(sheet.axes(_LEFT, top, WIDTH - _LEFT - _RIGHT, tall), part, shares=k > 0)
+            self._paint_part(sheet.axes(self.left, top, self.width, tall), part, shares=k > 0)
 
     def _paint_part(self, axes: Axes, part: _Part, *, shares: bool) -> None:
         place = {row: k for k, row in enumerate(self.rows)}
@@ -60,21 +69,19 @@ class Timeline:
         unit, factor = ("s", 1.0) if part.end_s >= 1 else ("ms", 1e3) if part.end_s >= 1e-3 else ("µs", 1e6)
         axes.set_xlim(0, part.end_s * factor)
         axes.set_ylim(len(self.rows), 0)
-        points = (WIDTH - _LEFT - _RIGHT) / part.end_s  # per second
+        points = self.width / part.end_s  # per second
         for interval in part.played.intervals:
             if interval.place in place and interval.start_s < part.end_s:
                 self._bar(axes, interval, place[interval.place], factor, points, stages, part.end_s)
-        axes.set_yticks(
-            [k + 0.5 for k in range(len(self.rows))], [shortened(row.replace("->", " → "), _LEFT - 8, 8.5) for row in self.rows], size=8.5
-        )
+        axes.set_yticks([k + 0.5 for k in range(len(self.rows))], [_name(row) for row in self.rows], size=_NAMES)
         axes.tick_params(axis="y", length=0)
         axes.tick_params(axis="x", labelsize=8.5)
         axes.set_xlabel(unit, size=8.5, labelpad=1)
         axes.grid(axis="x", zorder=0)
         axes.set_axisbelow(True)
-        axes.set_title(part.title, size=9, loc="left", x=-_LEFT / (WIDTH - _LEFT - _RIGHT) + 0.015, pad=5)
+        axes.set_title(part.title, size=9, loc="left", x=(6 - self.left) / self.width, pad=5)
         if shares:
-            axes.set_title("busy", size=8, loc="right", x=1.0 + (_RIGHT - 6) / (WIDTH - _LEFT - _RIGHT), pad=5, color=MUTED)
+            axes.set_title("busy", size=8, loc="right", x=1.0 + (_RIGHT - 6) / self.width, pad=5, color=MUTED)
             # While it is full: from the first answer until the last request is let in.
             start, until = part.played.requests[0].done_s, part.played.requests[-1].admitted_s
             busy = part.played.busy_s(start, until)
@@ -101,8 +108,10 @@ class Timeline:
             "transfer": {"facecolor": tint(colour, 0.55), "edgecolor": colour},
         }
         start, until = interval.start_s, min(interval.end_s, end_s)
+        thin = (until - start) * points < 4
+        line = 0.0 if thin and interval.kind == "compute" else 0.3 if thin else 0.6  # a border must not hide what it surrounds
         axes.barh(
-            row + 0.5, (until - start) * factor, left=start * factor, height=_BAR / _ROW, linewidth=0.6, zorder=2, **looks[interval.kind]
+            row + 0.5, (until - start) * factor, left=start * factor, height=_BAR / _ROW, linewidth=line, zorder=2, **looks[interval.kind]
         )
         number = str(interval.request + 1)
         if (until - start) * points > text_width(number, 7.5) + 3:
@@ -113,7 +122,8 @@ def timeline(plan: Plan, cluster: Cluster | None) -> Timeline:
     """One request alone, and the beginning of a full pipeline. Without a cluster for a plan on one node. Raises NoPlan where a link is missing."""
     used = [cluster.node(node.name) for node in plan.nodes] if cluster else []
     links = {(link.source, link.target): link for link in cluster.links} if cluster else {}
-    play = partial(simulate, plan, links, codecs=codec_figures(used), overheads=overheads(used))
+    shared = machines(cluster) if cluster else ()
+    play = partial(simulate, plan, links, codecs=codec_figures(used), overheads=overheads(used), machines=shared)
     alone, full = play(requests=1), play(requests=max(_WINDOWS * plan.max_in_flight, _SHOWN))
     rows = _rows(plan, full)
     left_out = 0
@@ -143,6 +153,19 @@ def _rows(plan: Plan, played: Simulation) -> list[str]:
 
 def _rank(nodes: Sequence[str], link: str) -> int:
     return nodes.index(link.split("->")[1])
+
+
+def _name(row: str) -> str:
+    """Of a node, or of a link with both its ends."""
+    ends = row.split("->")
+    room = int((_WIDEST - 8) / text_width("x", _NAMES)) - 3 * (len(ends) - 1)
+    half = room // len(ends)
+    spare = sum(max(0, half - len(end)) for end in ends)  # what a short name leaves to the other
+    return " → ".join(_start(end, half + spare) for end in ends)
+
+
+def _start(name: str, room: int) -> str:
+    return name if len(name) <= room else name[: room - 1] + "…"
 
 
 def _legend(axes: Axes, plan: Plan) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from partitioner.cost import NO_OVERHEAD, RAW, CodecFigures, Overhead
+from partitioner.cost import NO_OVERHEAD, RAW, CodecFigures, Machine, Overhead
 from partitioner.simulation.records import Interval, Passage, Simulation
-from partitioner.simulation.resources import Clock, Job, LinkQueue, Processor
+from partitioner.simulation.resources import Clock, Cores, Job, LinkQueue, Processor
 from splitnet.cluster import Link
 from splitnet.errors import BadInput, NoPlan
 from splitnet.plan import CLIENT, Plan, Transfer
@@ -29,13 +29,14 @@ def simulate(
     seconds: Mapping[str, float] | None = None,
     codecs: Mapping[str, CodecFigures] = RAW,
     overheads: Mapping[str, Overhead] | None = None,
+    machines: Sequence[Machine] = (),
     spare_core: bool = False,
 ) -> Simulation:
     """Plays `requests` equal requests through the plan.
 
     links: by (source, target), as in the cluster. max_in_flight: the plan's unless given. arrivals: seconds at which the requests come,
     not falling (default: all at 0, so that the pipeline is kept full). seconds: stage -> compute time (default: what the plan says).
-    codecs, overheads: as in `partitioner.cost.evaluate`. The work of one request is that of the plan's batch.
+    codecs, overheads, machines: as in `partitioner.cost.evaluate`. The work of one request is that of the plan's batch.
 
     Raises BadInput for figures that cannot be, NoPlan where a transfer has no link to go over.
     """
@@ -49,7 +50,7 @@ def simulate(
     for name, figure in given.items():
         if not (math.isfinite(figure) and figure >= 0):
             raise BadInput(f"stage {name!r} has {figure} seconds")
-    return _Player(plan, links, limit, given, codecs, overheads or {}, spare_core).play(times)
+    return _Player(plan, links, limit, given, codecs, overheads or {}, machines, spare_core).play(times)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class _Open:
 class _Player:
     def __init__(
         self, plan: Plan, links: Mapping[tuple[str, str], Link], limit: int, seconds: Mapping[str, float], codecs: Mapping[str, CodecFigures],
-        overheads: Mapping[str, Overhead], spare_core: bool,
+        overheads: Mapping[str, Overhead], machines: Sequence[Machine], spare_core: bool,
     ) -> None:  # fmt: skip
         self.clock = Clock()
         self.log: list[Interval] = []
@@ -84,8 +85,10 @@ class _Player:
         self.overheads = overheads
         self.home = {stage.name: stage.node for stage in plan.stages} | {CLIENT: plan.stages[0].node}
         self.seconds = {stage.name: seconds[stage.name] + self._overhead(stage.name).stage_s for stage in plan.stages}
-        nodes = set(self.home.values())
-        self.compute = {node: Processor(node, self.clock, self.log) for node in nodes}
+        shared = [(Cores(machine.cores), machine.threads) for machine in machines]
+        self.cores = {node: (cores, threads[node]) for cores, threads in shared for node in threads}
+        nodes = list(dict.fromkeys(self.home.values()))
+        self.compute = {node: Processor(node, self.clock, self.log, *self.cores.get(node, ())) for node in nodes}
         self.codec = {node: Processor(node, self.clock, self.log) for node in nodes} if spare_core else self.compute
         self.links: dict[tuple[str, str], LinkQueue] = {}
         self.routes: dict[str, list[_Route]] = {name: [] for name in self.home}
@@ -116,7 +119,9 @@ class _Player:
         if codec is None:
             raise BadInput(f"there are no figures for the codec {transfer.codec!r}; there are for {', '.join(codecs)}")
         if (a, b) not in self.links:
-            self.links[a, b] = LinkQueue(f"{a}->{b}", link, self.clock, self.log)
+            cores = [self.cores[node][0] for node in (a, b) if node in self.cores]
+            within = cores[0] if len(cores) == 2 and cores[0] is cores[1] else None
+            self.links[a, b] = LinkQueue(f"{a}->{b}", link, self.clock, self.log, within)
         encode_s = codec.encode_s(transfer.bytes, a) + self._overhead(transfer.source).message_s * len(transfer.tensors)
         decode_s = codec.decode_s(transfer.bytes, b) + self._overhead(transfer.target).message_s * len(transfer.tensors)
         return _Route(transfer.source, transfer.target, self.links[a, b], encode_s, decode_s, transfer.bytes / codec.ratio)

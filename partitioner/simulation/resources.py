@@ -1,4 +1,4 @@
-"""The clock, a node's processor, and a link: each does one thing at a time, and writes down what it did."""
+"""The clock, a node's processor, a link, and the cores that several of them may share: each works, and writes down what it did."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from partitioner.simulation.records import Interval, Kind
 from splitnet.cluster import Link
 from splitnet.wire import CHUNK_BYTES
 
-__all__ = ["Clock", "Job", "LinkQueue", "Processor"]
+__all__ = ["Clock", "Cores", "Job", "LinkQueue", "Processor"]
 
 _MAX_TURNS = 64  # per transfer: larger ones take larger turns, so that a huge tensor does not make a million events
 
@@ -34,6 +34,78 @@ class Clock:
             action()
 
 
+class Cores:
+    """A machine's cores, shared evenly by those who work when these want more than there are."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._working: dict[_Worker, None] = {}
+
+    def enter(self, worker: _Worker) -> None:
+        self._working[worker] = None
+        self._retune()
+
+    def leave(self, worker: _Worker) -> None:
+        del self._working[worker]
+        self._retune()
+
+    def _retune(self) -> None:
+        wanted = sum(worker.threads for worker in self._working)
+        for worker in self._working:
+            worker.set_pace(min(1.0, self._count / wanted))
+
+
+class _Worker:
+    """Does one piece of work at a time, at the pace that the cores leave it."""
+
+    def __init__(self, clock: Clock, cores: Cores | None, threads: int) -> None:
+        self.threads = threads
+        self._clock, self._cores = clock, cores
+        self._pace = 1.0
+        self._left_s = self._since = 0.0
+        self._turn = 0  # an end that was planned for an earlier turn is void
+        self._then: Callable[[], None] = lambda: None
+
+    def begin(self, work_s: float, then: Callable[[], None]) -> None:
+        self._left_s, self._since, self._then = work_s, self._clock.now, then
+        if self._cores is None:
+            self._plan()
+        else:
+            self._pace = 0.0
+            self._cores.enter(self)  # sets the pace
+
+    def stop(self) -> float:
+        """Ends the work early; returns what is left of it."""
+        self._settle()
+        self._end()
+        return self._left_s
+
+    def set_pace(self, pace: float) -> None:
+        if pace != self._pace:
+            self._settle()
+            self._pace = pace
+            self._plan()
+
+    def _settle(self) -> None:
+        self._left_s = max(0.0, self._left_s - (self._clock.now - self._since) * self._pace)
+        self._since = self._clock.now
+
+    def _plan(self) -> None:
+        self._turn += 1
+        turn = self._turn
+        self._clock.at(self._since + self._left_s / self._pace, lambda: self._finish(turn))
+
+    def _finish(self, turn: int) -> None:
+        if turn == self._turn:
+            self._end()
+            self._then()
+
+    def _end(self) -> None:
+        self._turn += 1
+        if self._cores is not None:
+            self._cores.leave(self)
+
+
 @dataclass(slots=True)
 class Job:
     """So many seconds of a processor; `then` is called at its end."""
@@ -49,45 +121,38 @@ class Job:
 class Processor:
     """Stages run one after another, in the order in which they became ready. All other work goes before them, and interrupts."""
 
-    def __init__(self, node: str, clock: Clock, log: list[Interval]) -> None:
+    def __init__(self, node: str, clock: Clock, log: list[Interval], cores: Cores | None = None, threads: int = 1) -> None:
         self._node, self._clock, self._log = node, clock, log
+        self._worker = _Worker(clock, cores, threads)
         self._stages: deque[Job] = deque()
         self._others: deque[Job] = deque()
         self._current: Job | None = None
         self._since = 0.0
-        self._turn = 0  # an end that was planned for an earlier turn is void
 
     def submit(self, job: Job) -> None:
         (self._stages if job.kind == "compute" else self._others).append(job)
         if self._current is not None and self._current.kind == "compute" and job.kind != "compute":
             interrupted = self._current
-            interrupted.left_s -= self._clock.now - self._since
+            interrupted.left_s = self._worker.stop()
             self._leave()
             self._stages.appendleft(interrupted)
         if self._current is None:
             self._next()
 
     def _next(self) -> None:
-        job = self._current = (self._others or self._stages).popleft()
+        self._current = (self._others or self._stages).popleft()
         self._since = self._clock.now
-        self._turn += 1
-        turn = self._turn
-        self._clock.at(self._since + max(job.left_s, 0.0), lambda: self._end(turn))
+        self._worker.begin(self._current.left_s, self._end)
 
-    def _leave(self) -> None:
+    def _leave(self) -> Job:
         job = self._current
         assert job is not None
         self._log.append(Interval(job.kind, self._node, job.request, job.stage, job.target, self._since, self._clock.now))
         self._current = None
-        self._turn += 1
+        return job
 
-    def _end(self, turn: int) -> None:
-        if turn != self._turn:
-            return
-        job = self._current
-        assert job is not None
-        self._leave()
-        job.then()
+    def _end(self) -> None:
+        self._leave().then()
         if self._current is None and (self._others or self._stages):
             self._next()
 
@@ -103,10 +168,12 @@ class _Parcel:
 
 
 class LinkQueue:
-    """One stream. A request's parcels are sent in order, those of different requests in turn, chunk by chunk."""
+    """One stream. A request's parcels are sent in order, those of different requests in turn, chunk by chunk. `cores`: a link within
+    a machine is made of processor time."""
 
-    def __init__(self, name: str, link: Link, clock: Clock, log: list[Interval]) -> None:
+    def __init__(self, name: str, link: Link, clock: Clock, log: list[Interval], cores: Cores | None = None) -> None:
         self._name, self._link, self._clock, self._log = name, link, clock, log
+        self._worker = _Worker(clock, cores, 1)
         self._parcels: dict[int, deque[_Parcel]] = {}
         self._turns: deque[int] = deque()
         self._busy = False
@@ -129,17 +196,19 @@ class LinkQueue:
         size = min(parcel.left_bytes, parcel.turn_bytes)
         parcel.left_bytes -= size
         start = self._clock.now
-        end = start + size / self._link.bandwidth_bytes_per_s
+        self._worker.begin(size / self._link.bandwidth_bytes_per_s, lambda: self._end(request, parcel, start))
+
+    def _end(self, request: int, parcel: _Parcel, start: float) -> None:
+        self._busy = False
         before = self._log[parcel.interval] if parcel.interval >= 0 else None
-        if before is not None and before.end_s == start:  # nobody came between
-            self._log[parcel.interval] = Interval("transfer", self._name, request, parcel.stage, parcel.target, before.start_s, end)
+        joins = before is not None and before.end_s == start  # nobody came between
+        since = before.start_s if joins and before is not None else start
+        done = Interval("transfer", self._name, request, parcel.stage, parcel.target, since, self._clock.now)
+        if joins:
+            self._log[parcel.interval] = done
         else:
             parcel.interval = len(self._log)
-            self._log.append(Interval("transfer", self._name, request, parcel.stage, parcel.target, start, end))
-        self._clock.at(end, lambda: self._end(request, parcel))
-
-    def _end(self, request: int, parcel: _Parcel) -> None:
-        self._busy = False
+            self._log.append(done)
         waiting = self._parcels[request]
         if parcel.left_bytes <= 0:
             waiting.popleft()

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partitioner.cost import CodecFigures, Overhead, evaluate
+from partitioner.cost import CodecFigures, Machine, Overhead, evaluate
 from partitioner.simulation import Simulation, simulate
 from splitnet.cluster import Link
 from splitnet.errors import BadInput, NoPlan
@@ -227,6 +227,21 @@ def test_short_work_goes_before_a_stage_that_runs_and_puts_it_on_hold() -> None:
         ("compute", 0, 0.11, 0.17),
         ("compute", 1, 0.17, 0.27),
     ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "cores"), [([0.01, 0.01, 0.01], 2), ([0.01, 0.008, 0.006], 2), ([0.02, 0.003, 0.004], 2), ([0.01, 0.01], 1)]
+)
+def test_nodes_of_one_machine_share_its_cores(seconds: list[float], cores: int) -> None:
+    plan = make_plan(seconds, {(k - 1, k): 1000 for k in range(len(seconds) + 1)}, max_in_flight=24)
+    links = all_links(plan, bandwidth=1e7)
+    machine = Machine(cores, {node.name: 1 for node in plan.nodes})
+    cost = evaluate(plan.stages, plan.transfers, links, machines=[machine])
+    alone = simulate(plan, links, machines=[machine])
+    assert alone.requests[0].latency_s == pytest.approx(cost.latency_s)  # one request works in one place at a time
+    full = simulate(plan, links, requests=400, machines=[machine])
+    # The closed form is a bound: it keeps all cores busy, and even shares now and then do not.
+    assert cost.bottleneck_s * 0.999 <= 1 / full.throughput_per_s <= cost.bottleneck_s * 1.06
 
 
 def test_requests_take_turns_on_a_link_chunk_by_chunk() -> None:
