@@ -147,6 +147,8 @@ class Ledger:
             deployment = request.deployment
             if deployment.links.get(link.target.name) is not link:
                 continue
+            if request.answer is not None and not request.answer.awaited:
+                continue  # all of the answer is here
             if deployment.is_ingress or (link.target != deployment.ingress and request.key in may_be_lost):
                 self.fail(request, _gone(deployment, link.target, error))
             elif link.target == deployment.ingress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -55,6 +56,8 @@ class Link:
         self._log = log.bind(link=f"{source.name}->{target.name}", address=target.address)
         self._recent: OrderedDict[RequestKey, None] = OrderedDict()
         self._hurry = asyncio.Event()
+        self._call: FrameCall | None = None  # while connected
+        self._finishing = False
         self._task = asyncio.create_task(self._serve(), name=f"link {source.name}->{target.name}")
 
     def send(
@@ -99,6 +102,18 @@ class Link:
         """Connects now if there is no connection, instead of after the pause."""
         self._hurry.set()
 
+    async def finish(self) -> None:
+        """Sends what waits and ends the stream in good order: when this returns, the far side has taken all of it. Takes as long as the far
+        side does; when cancelled, some of it may not have arrived. Nothing is sent afterwards."""
+        self._finishing = True
+        if self._call is None:
+            return
+        await self.outbox.flushed()
+        if (call := self._call) is not None:
+            with contextlib.suppress(*_GRPC_ERRORS):  # it broke meanwhile
+                await call.done_writing()
+            await asyncio.wait((self._task,))
+
     async def close(self) -> None:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
@@ -111,9 +126,12 @@ class Link:
             try:
                 await self._attempt()
             except SplitnetError as error:
-                self._down(error)
+                reason = error
             except _GRPC_ERRORS as error:
-                self._down(as_error(error, self.target.address))
+                reason = as_error(error, self.target.address)
+            if self._finishing:
+                return
+            self._down(reason)
             lasted = time.monotonic() - started > _CONNECT_S
             backoff_s = _FIRST_BACKOFF_S if lasted else min(max(backoff_s * 2, _FIRST_BACKOFF_S), _LONGEST_BACKOFF_S)
             await self._pause(backoff_s)
@@ -140,6 +158,7 @@ class Link:
     async def _converse(self, call: FrameCall) -> None:
         writer = asyncio.create_task(self.outbox.pump(call.write))
         reader = asyncio.create_task(self._listen(call))
+        self._call = call
         try:
             await asyncio.wait((writer, reader), return_when=asyncio.FIRST_COMPLETED)
             await asyncio.wait((reader,), timeout=1.0)  # it knows the reason, and ends when the writer cannot go on
@@ -147,6 +166,7 @@ class Link:
                 if task.done():
                     task.result()
         finally:
+            self._call = None
             call.cancel()
             for task in (writer, reader):
                 task.cancel()
@@ -206,6 +226,10 @@ class Links:
         if not link.users:
             del self._links[link.source, link.target]
             await link.close()
+
+    async def finish(self) -> None:
+        """All of them, as `Link.finish`."""
+        await asyncio.gather(*(link.finish() for link in self))
 
     async def close(self) -> None:
         for link in self:

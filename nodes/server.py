@@ -94,10 +94,14 @@ class NodeServer:
         for service in ("", SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
         self._log.info("draining", in_flight=self.ledger.requests.count(), at_most_s=self.config.drain_s)
+        clock = asyncio.get_running_loop().time
+        until_s = clock() + self.config.drain_s
         done = await self.ledger.idle(self.config.drain_s)
         with suppress(TimeoutError):
-            async with asyncio.timeout(_LAST_BYTES_S):
+            async with asyncio.timeout(max(until_s - clock(), _LAST_BYTES_S)):
                 await asyncio.gather(*(client.outbox.flushed() for client in self._servicer.clients))
+                if done:
+                    await self._links.finish()  # handed to gRPC is not yet received
         return done
 
     async def stop(self) -> None:

@@ -125,6 +125,17 @@ async def test_sigterm_finishes_what_is_in_flight_and_takes_nothing_new(cluster:
     assert "Traceback" not in log
 
 
+async def test_sigterm_at_the_last_stage_loses_nothing_of_what_was_in_flight_there(cluster: LocalCluster, served: Split) -> None:
+    async with splitnet.AsyncClient(served.address, "slow") as client:
+        given = served.inputs(3 * HEAVY)
+        asked = asyncio.create_task(client.infer(given))
+        await in_flight(cluster, "c")
+        cluster.terminate("c")
+        answer = await asked
+        assert np.array_equal(answer["output"], served.whole(given)["output"])
+        assert await asyncio.to_thread(cluster.wait_stopped, "c") == 0
+
+
 async def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
     with LocalCluster(1, processes=True, drain_s=60.0) as nodes:
         cut = split(slow(), nodes.cluster(), tmp_path, stages_by(a="*"))
