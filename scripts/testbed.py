@@ -11,11 +11,12 @@ See docs/testbed.md. Run it with the project's Python (.venv/bin/python).
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 from testbed.bed import Testbed
@@ -77,6 +78,53 @@ def check(file: str) -> None:
         for note in bed.notes:
             click.echo(f"note: {note}", err=True)
         click.echo("\n".join(_describe(spec, bed)))
+
+
+class _Numbers(click.ParamType[tuple[float, ...]]):
+    name = "mbit/s,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):  # click may convert twice
+            return value
+        try:
+            numbers = tuple(float(part) for part in value.split(","))
+        except ValueError:
+            numbers = ()
+        if not numbers or not all(0 < number < math.inf for number in numbers):
+            self.fail(f"{value!r} is not a list of figures above 0, such as 1,5,20", param, ctx)
+        return numbers
+
+
+@main.command()
+@click.argument("file", metavar="FILE|PRESET")
+@click.argument("model")
+@click.option("--bandwidths", type=_Numbers(), default="1,5,20,100,1000", show_default=True, help="Mbit/s of every shaped link.")
+@click.option("--objective", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def sweep(file: str, model: str, bandwidths: tuple[float, ...], objective: str, as_json: bool) -> None:
+    """Plan, deploy and measure MODEL at each bandwidth, beside each device alone.
+
+    MODEL is as for `splitnet plan`; py:testbed.models:cnn, :vit and :bert are at hand.
+    """
+    import torch
+    from testbed.cpu import hurried
+    from testbed.sweep import points_json, sweep_text
+    from testbed.sweep import sweep as run
+
+    import partitioner
+
+    torch.set_num_threads(1)
+    say = lambda text: click.echo(text, err=True)  # noqa: E731
+    with hurried() as ahead:
+        if not ahead:
+            say("note: this process cannot go before others; on a busy machine its latencies are longer")
+        points = []
+        for point in run(load(file), partitioner.load_model(model), [mbit * 1e6 / 8 for mbit in bandwidths], objective, say):
+            points.append(point)
+            say(
+                f"{point.bandwidth_bytes_per_s * 8 / 1e6:g} Mbit/s: {' > '.join(point.chosen.nodes)}, {point.ratio:.2f} of the best device alone"
+            )
+    click.echo(points_json(points) if as_json else f"{objective}, predicted -> measured\n{sweep_text(points)}")
 
 
 def _describe(spec: BedSpec, bed: Testbed) -> list[str]:

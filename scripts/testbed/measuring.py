@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Outcome", "Subject", "probed"]
 
 _MEASURING_S = 4.0  # for requests one by one, and again for as many at once
-_FEWEST, _MOST = 8, 60
+_FEWEST, _MOST = 5, 60
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,13 +17,13 @@ Made = tuple["torch.nn.Module", "dict[str, torch.Tensor]"]
 
 
 def cnn() -> Made:
-    """A ResNet whose activations shrink from 1.2 MB to 74 KB on the way."""
+    """A ResNet whose early layers shrink a 602 KB image to 150 KB in a tenth of its time, as those for cameras do."""
     import torch
     from transformers import ResNetConfig, ResNetModel
 
     torch.manual_seed(0)
-    config = ResNetConfig(embedding_size=32, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic")
-    return ResNetModel(config).eval(), {"pixel_values": torch.randn(1, 3, 192, 192)}
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 48, 192, 512], depths=[1, 2, 6, 2], layer_type="basic")
+    return ResNetModel(config).eval(), {"pixel_values": torch.randn(1, 3, 224, 224)}
 
 
 def vit() -> Made:
