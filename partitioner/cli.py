@@ -13,6 +13,7 @@ import click
 
 from partitioner.bench_command import bench
 from partitioner.options import FILE, Size, measuring, progress_bar, say
+from partitioner.wishes import wish_options, wishes
 from splitnet.cluster import Cluster
 from splitnet.errors import BadInput, BadPlan
 from splitnet.explain import bytes_text, seconds_text, table
@@ -119,11 +120,7 @@ def profile(
 @click.option("-o", "--output", type=FILE, required=True, help="The plan to write; the shards go to a folder beside it.")
 @click.option("--profile", "profile_file", type=FILE, help="A profile made before, instead of measuring now.")
 @click.option("--from-bench", "bench_file", type=FILE, help="Correct the figures by what `splitnet bench -o` has measured.")
-@click.option("--stages", type=click.IntRange(min=1), help="Exactly so many stages, even where fewer would be better.")
-@click.option("--max-stages", type=click.IntRange(min=1), help="At most so many stages.")
-@click.option("--at", multiple=True, metavar="OPERATOR", help="Cut by hand before this operator; may be given several times, in order.")
-@click.option("--on", "nodes", multiple=True, metavar="NODE", help="With --at: the nodes of the stages, in order.")
-@click.option("--forbid", multiple=True, metavar="NODE", help="Leave this node out.")
+@wish_options
 @click.option("--batch", type=click.IntRange(min=1), help="Items per batch that the plan is made for.  [default: as the model's example]")
 @click.option("--size", "sizes", multiple=True, type=Size(), help="The size of another symbolic dimension, as sequence=128.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads that measure on this machine.")
@@ -131,9 +128,8 @@ def profile(
 @click.option("--draw", "picture", type=FILE, help="Draw the plan and what else could be planned, into .html, .svg or .png.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(
-    model: str, cluster_file: Path, objective: str, output: Path, profile_file: Path | None, bench_file: Path | None, stages: int | None, max_stages: int | None,
-    at: tuple[str, ...], nodes: tuple[str, ...], forbid: tuple[str, ...], batch: int | None, sizes: tuple[tuple[str, int], ...],
-    threads: int, picture: Path | None, as_json: bool, **measured_by: Any,
+    model: str, cluster_file: Path, objective: str, output: Path, profile_file: Path | None, bench_file: Path | None, batch: int | None,
+    sizes: tuple[tuple[str, int], ...], threads: int, picture: Path | None, as_json: bool, **others: Any,
 ) -> None:  # fmt: skip
     """Choose where to cut MODEL for a cluster, and cut it.
 
@@ -145,7 +141,13 @@ def plan(
       splitnet plan hf:./minilm --cluster cluster.toml --objective throughput -o plan.json
     \b
     Example: cut by hand into two
-      splitnet plan py:shop.model:build --cluster cluster.toml --at linear_3 --on strong --on weak -o plan.json
+      splitnet plan py:shop.model:build --cluster cluster.toml --at encoder.layer.6 --on strong --on weak -o plan.json
+    \b
+    Example: raw images and the first block stay on the camera; the link to the server is slow
+      splitnet plan hf:./vit --cluster cluster.toml --private camera=encoder.layer.0 --codec "camera->server=zstd" -o plan.json
+    \b
+    Example: two to four stages, the head on the server, half of the Pi's time and 1 GiB of its memory taken
+      splitnet plan hf:./vit --cluster cluster.toml --stages 2..4 --pin classifier=server --taken pi=1GiB,0.5 -o plan.json
     \b
     Example: with a page of pictures
       splitnet plan hf:./minilm --cluster cluster.toml -o plan.json --draw plan.html
@@ -159,6 +161,7 @@ def plan(
 
     if picture:
         check_path(picture)  # now, and not after minutes of measuring
+    asked = wishes(others)
     cluster = Cluster.load(cluster_file)
     given = Profile.load(profile_file) if profile_file else None
     wanted = _sizes(batch, sizes)
@@ -170,24 +173,27 @@ def plan(
     if given and given.structure.sha256 != graph.sha256:
         raise BadPlan(f"the profile {profile_file} is of another model ({given.structure.name})", remedy="profile this model again")
     graph = at_sizes(graph, given.structure.symbols if given else wanted)
-    measured = given or _measure(graph, cluster, threads, 10 if measured_by["scale"] else 3, measured_by)
+    measured = given or _measure(graph, cluster, threads, 10 if others["scale"] else 3, others)
     if bench_file:
         measured, cluster = corrected(measured, cluster, BenchReport.load(bench_file))
-    chosen = partitioner.plan(
-        measured, cluster, objective=objective, stages=stages, max_stages=max_stages, forbid=forbid, at=at or None, nodes=nodes or None
-    )
+    chosen = partitioner.plan(measured, cluster, objective=objective, **asked)
     say("cutting the model")
     shards = partitioner.cut(graph, chosen, output.with_suffix(".shards"))
     chosen = chosen.with_shards({stage: shard.sha256 for stage, shard in shards.items()})
     chosen.save(output)
     if picture:
         say(f"drawing {picture}")
-        draw(chosen, picture, profile=measured, cluster=cluster, planner=functools.partial(partitioner.plan, forbid=forbid))
+        draw(chosen, picture, profile=measured, cluster=cluster, planner=functools.partial(partitioner.plan, **_free(asked)))
     if as_json:
         click.echo(chosen.to_json(), nl=False)
         return
     click.echo(chosen.explain())
     click.echo(f"\nwrote {output} and {output.with_suffix('.shards')}" + (f", and drew {picture}" if picture else ""))
+
+
+def _free(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The wishes that hold for what else could be planned: all but where to cut and into how many."""
+    return {name: wish for name, wish in asked.items() if name not in ("at", "nodes", "stages", "max_stages")}
 
 
 def _load(model: str, sizes: Mapping[str, int]) -> ModelGraph:

@@ -18,6 +18,7 @@ from partitioner.solvers.placement import Placement, Selected
 from partitioner.solvers.problem import Candidate, Objective
 from partitioner.solvers.refine import fewest_bytes, refine
 from splitnet.cluster import Cluster
+from splitnet.codecs import codec_names
 from splitnet.errors import BadInput, NoPlan
 from splitnet.explain import bytes_text
 from splitnet.plan import NodeRef, Plan, Prediction
@@ -76,6 +77,7 @@ def plan(
         raise NoPlan("every node of the cluster is forbidden", remedy="leave at least one")
     if nodes is not None and at is None:
         raise BadInput("`nodes` gives the order of nodes for cuts by hand; it needs `at`")
+    wishes.check(names, (*codec_names(), *(codecs or ())))
     draft = Draft.make(profile, cluster, usable if nodes is None else [cluster.node(name) for name in nodes], wishes, codecs)
     wishes.check(names, tuple(draft.figures))
     draft = replace(draft, allowed=allowed_operators(replace(wishes, forbid=()), draft.names, draft.operators))
@@ -99,7 +101,12 @@ def plan(
         for placement in draft.narrower(best.placement, problem):
             scale.weigh(placement)
     reached = best.cost.objective_s(goal)
-    return _plan(draft, fewest_bytes(scale, best, tolerance), goal, min(bound, reached))
+    thrifty = fewest_bytes(scale, best, tolerance)
+    note = ""
+    if thrifty.bytes < best.bytes:
+        more = thrifty.cost.objective_s(goal) / reached - 1
+        note = f"of the plans within {tolerance:.3g} of the best, the one that sends least: {more:.1%} above it, {bytes_text(best.bytes - thrifty.bytes)} less"
+    return _plan(draft, thrifty, goal, min(bound, reached), note)
 
 
 def _manual(draft: Draft, goal: Objective, at: Sequence[str]) -> Plan:
@@ -134,7 +141,7 @@ def _manual(draft: Draft, goal: Objective, at: Sequence[str]) -> Plan:
     return _plan(draft, selected, goal, min(draft.bound_s(goal), selected.cost.objective_s(goal)))
 
 
-def _plan(draft: Draft, best: Selected, goal: Objective, bound: float) -> Plan:
+def _plan(draft: Draft, best: Selected, goal: Objective, bound: float, note: str = "") -> Plan:
     structure, cost = draft.profile.structure, best.cost
     realised = draft.reproducible(best.realised)
     if realised is not best.realised:
@@ -164,5 +171,6 @@ def _plan(draft: Draft, best: Selected, goal: Objective, bound: float) -> Plan:
             bytes_per_link={f"{a}->{b}": size for (a, b), size in cost.link_bytes.items()},
             alternatives=alone,
             symbols=dict(structure.symbols),
+            note=note,
         ),
     )

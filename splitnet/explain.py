@@ -77,6 +77,8 @@ def _prediction(plan: Plan, predicted: Prediction) -> list[str]:
         f"  throughput  {predicted.throughput_per_s:.3g} batches/s (bottleneck: {predicted.bottleneck or 'not known'})",
         f"  quality     {_quality(plan, predicted)}",
     ]
+    if predicted.note:
+        lines.append(f"  note        {predicted.note}")
     if predicted.memory_bytes:
         lines.append("  memory      " + ", ".join(f"{node} {bytes_text(size)}" for node, size in predicted.memory_bytes.items()))
     if predicted.bytes_per_link:
@@ -97,8 +99,9 @@ def _quality(plan: Plan, predicted: Prediction) -> str:
         return "no bound is known"
     gap = reached / predicted.bound - 1.0
     if gap <= _SAME:
-        return "optimal: no plan is predicted to be better"
-    return f"within {gap * 100:.1f}% of any plan (proven bound {seconds_text(predicted.bound)})"
+        return "optimal: no plan with one stage per node is predicted to be better"
+    share = f"{gap * 100:.1f}" if gap >= 1e-3 else f"{gap * 100:.1g}"
+    return f"within {share}% of any plan with one stage per node (proven bound {seconds_text(predicted.bound)})"
 
 
 def _verdict(plan: Plan, predicted: Prediction) -> str:

@@ -97,6 +97,7 @@ class Prediction:
     bytes_per_link: Mapping[str, int] = field(default_factory=dict)
     alternatives: tuple[Alternative, ...] = ()
     symbols: Mapping[str, int] = field(default_factory=dict)  # of the inputs' shapes
+    note: str = ""  # what people should know of how the plan was chosen
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,125 @@
+"""What `splitnet plan` lets people ask for: options, and what `partitioner.plan` takes of them."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from splitnet.errors import BadInput
+
+if TYPE_CHECKING:
+    from partitioner.cost import CodecFigures
+
+__all__ = ["wish_options", "wishes"]
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+class _Stages(click.ParamType[Any]):
+    name = "n|a..b"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | range:
+        if isinstance(value, int | range):
+            return value
+        low, dots, high = str(value).partition("..")
+        if not low.isdigit() or (dots and not high.isdigit()) or int(low) < 1 or (dots and int(high) < int(low)):
+            self.fail(f"{value!r} is neither a number of at least 1 nor a range as 2..4", param, ctx)
+        return range(int(low), int(high) + 1) if dots else int(low)
+
+
+_OPTIONS = (
+    click.option("--stages", type=_Stages(), help="Exactly so many stages, even where fewer would be better; or from..to, as 2..4."),
+    click.option("--max-stages", type=click.IntRange(min=1), help="At most so many stages."),
+    click.option(
+        "--at", multiple=True, metavar="OPERATOR|MODULE", help="Cut by hand before this operator or module; may be given several times, in order."
+    ),
+    click.option("--on", "nodes", multiple=True, metavar="NODE", help="With --at: the nodes of the stages, in order."),
+    click.option("--pin", multiple=True, metavar="PATTERN=NODE", help="This operator or module (* and ? allowed) runs on this node."),
+    click.option("--forbid", multiple=True, metavar="NODE[=PATTERN]", help="Leave this node out; or only never run PATTERN on it."),
+    click.option("--input-at", default="", metavar="NODE", help="The node that takes requests: the first stage runs there."),
+    click.option("--output-at", default="", metavar="NODE", help="The node that makes the answer."),
+    click.option(
+        "--private", metavar="NODE=K|MODULE", help="The raw input and the first K operators, or all up to MODULE, stay on this node."
+    ),
+    click.option("--taken", multiple=True, metavar="NODE=SIZE[,SHARE]", help="Memory and share of time (0 to 1) that others use there."),
+    click.option("--codec", "link_codecs", multiple=True, metavar="A->B=CODEC[,CODEC]", help="The codecs that may be used on this link."),
+    click.option("--codec-figures", type=_FILE, help="A TOML file: per codec a table with ratio, encode_bytes_per_s, decode_bytes_per_s, error."),
+    click.option("--max-accuracy-loss", type=click.FloatRange(min=0), help="What the errors of the codecs that are used may add up to."),
+    click.option(
+        "--tolerance", type=click.FloatRange(min=0, max=0.5), default=0.01, show_default=True,
+        help="Of plans within this share of the best, take what sends least.",
+    ),
+)  # fmt: skip
+
+
+def wish_options(command: _Command) -> _Command:
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def wishes(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of `partitioner.plan`. Raises BadInput naming the option that is wrong."""
+    found: dict[str, Any] = {name: given[name] for name in ("stages", "max_stages", "input_at", "output_at", "max_accuracy_loss", "tolerance")}
+    found["at"], found["nodes"] = given["at"] or None, given["nodes"] or None
+    found["pin"] = dict(_pair(text, "--pin", "PATTERN=NODE") for text in given["pin"])
+    if len(found["pin"]) != len(set(given["pin"])):
+        twice = [pattern for pattern in found["pin"] if sum(text.startswith(pattern + "=") for text in set(given["pin"])) > 1]
+        raise BadInput(f"--pin: {twice[0]!r} is pinned to more than one node", remedy="give one node for it")
+    found["forbid"] = tuple(text for text in given["forbid"] if "=" not in text)
+    patterns = [_pair(text, "--forbid", "NODE=PATTERN") for text in given["forbid"] if "=" in text]
+    if patterns and found["forbid"]:
+        patterns += [(node, "*") for node in found["forbid"]]
+    if patterns:
+        found["forbid"] = {node: tuple(p for n, p in patterns if n == node) for node, _ in patterns}
+    if given["private"]:
+        node, which = _pair(given["private"], "--private", "NODE=K|MODULE")
+        found["private"] = node, int(which) if which.isdigit() else which
+    found["taken"] = dict(_taken(text) for text in given["taken"])
+    found["link_codecs"] = dict(_link(text) for text in given["link_codecs"])
+    if given["codec_figures"]:
+        found["codecs"] = _read_figures(given["codec_figures"])
+    return found
+
+
+def _pair(text: str, option: str, form: str) -> tuple[str, str]:
+    left, equals, right = text.rpartition("=")
+    if not (left and equals and right):
+        raise BadInput(f"{option}: expected {form}, got {text!r}")
+    return left, right
+
+
+def _taken(text: str) -> tuple[str, tuple[float, float]]:
+    node, figures = _pair(text, "--taken", "NODE=SIZE[,SHARE]")
+    size, _, share = figures.partition(",")
+    number = size.rstrip("BbGgIiKkMm")
+    try:
+        return node, (float(number) * _UNITS[size[len(number) :].upper()], float(share or 0))
+    except (ValueError, KeyError):
+        raise BadInput(f"--taken: expected NODE=SIZE[,SHARE] as pi=512MiB,0.3, got {text!r}") from None
+
+
+def _link(text: str) -> tuple[tuple[str, str], tuple[str, ...]]:
+    pair, codecs = _pair(text, "--codec", "A->B=CODEC")
+    a, arrow, b = pair.partition("->")
+    if not (a and arrow and b):
+        raise BadInput(f"--codec: expected A->B=CODEC as pi->server=zstd, got {text!r}")
+    return (a, b), tuple(codecs.split(","))
+
+
+def _read_figures(path: Path) -> dict[str, CodecFigures]:
+    from partitioner.cost import CodecFigures
+
+    try:
+        document = tomllib.loads(path.read_text())
+        return {name: CodecFigures(**figures) for name, figures in document.items()}
+    except OSError as error:
+        raise BadInput(f"cannot read {str(path)!r}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, TypeError) as error:
+        raise BadInput(f"{path}: expected a table per codec with ratio, encode_bytes_per_s, decode_bytes_per_s and error: {error}") from None
