@@ -14,6 +14,7 @@ from nodes.engines import load_engine
 from nodes.engines.base import Engine
 from nodes.ledger import Ledger
 from nodes.link import Links
+from nodes.memory import give_back
 from nodes.store import BlobStore
 from splitnet.errors import AlreadyExists, BadPlan, BadShard, Cancelled, InsufficientMemory, NodeUnavailable, NotFound, SplitnetError
 from splitnet.plan import NodeRef, Plan, StageSpec
@@ -74,6 +75,7 @@ class Installer:
             for link in deployment.links.values():
                 await self._links.release(link)
             await self._compute.call(lambda: deployment.forget_engines())
+            await asyncio.to_thread(give_back)
             if delete_blobs:
                 in_use = {stage.shard for d in self._ledger.deployments.values() for stage in d.stages.values()}
                 await asyncio.to_thread(self._store.delete_unused, in_use)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-__all__ = ["keep_buffers"]
+__all__ = ["give_back", "keep_buffers"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _KEPT_BYTES = 64 << 20  # free memory at the top of each arena
@@ -25,3 +25,12 @@ def keep_buffers() -> None:
         return
     for option, value in ((_M_ARENA_MAX, _ARENAS), (_M_MMAP_THRESHOLD, _LARGEST_BYTES), (_M_TRIM_THRESHOLD, _KEPT_BYTES)):
         mallopt(option, value)
+
+
+def give_back() -> None:
+    """Returns all free memory to the system: after weights have gone, whose places in the middle of an arena nothing else returns. See
+    malloc_trim(3)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return
