@@ -64,7 +64,8 @@ class Question:
 
     def instance(self) -> Instance:
         """For the bounds; equal devices as one kind."""
-        grouped = group(self.problem((0, len(self.costs.operators))))
+        whole = self.problem((0, len(self.costs.operators)))
+        grouped = group(replace(whole, seconds=self.costs.seconds, allowed=self.allowed))
         first = [members[0] for members in grouped.members]
         costs = self.costs
         answers = {v.source: 0.0 for v in costs.values if v.answer}

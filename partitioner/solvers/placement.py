@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from partitioner.cost import CodecFigures, Cost, Overhead, evaluate
+from partitioner.cost import CodecFigures, Cost, Machine, Overhead, evaluate
 from partitioner.solvers.problem import Candidate, Objective
 from splitnet.cluster import Link
 from splitnet.errors import CaptureError, NoPlan
@@ -68,6 +68,7 @@ class Scale:
     link_codecs: Mapping[tuple[str, str], tuple[str, ...]]
     budget: float | None = None
     ingress: str = ""
+    machines: Sequence[Machine] = ()
     refused: NoPlan | None = None
 
     def __post_init__(self) -> None:
@@ -92,7 +93,7 @@ class Scale:
         return selected.cost.objective_s(self.objective), selected.cost.latency_s, len(selected.realised.stages), selected.bytes
 
     def cost(self, realised: Realised) -> Cost:
-        return evaluate(realised.stages, realised.transfers, self.links, self.codecs, self.overheads, self.producers)
+        return evaluate(realised.stages, realised.transfers, self.links, self.codecs, self.overheads, self.producers, self.machines)
 
     def _weigh(self, placement: Placement) -> Selected | None:
         try:
