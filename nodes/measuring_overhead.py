@@ -22,6 +22,7 @@ from nodes.admission import Admission
 from nodes.config import NodeConfig
 from nodes.deployment import Deployment, Stage, routes
 from nodes.logs import get_log
+from splitnet import background
 from splitnet.channel import open_channel, stub
 from splitnet.client import AsyncClient
 from splitnet.codecs import codec_names
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["measure_overhead"]
 
 _WARM_UP = 5
+_CLIENTS = 4  # as many as are admitted
 _GRACE_S = 30.0
 _MOST_ROUNDS = 200
 _PAUSE_S = 0.005  # as between requests: what is done without a pause finds everything awake, and takes half the time
@@ -49,7 +51,8 @@ async def measure_overhead(budget_s: float) -> pb.Overhead:
         async with _server("one", Path(folder)) as one, _server("two", Path(folder)) as two:
             await _deploy("alone", (one,))
             deployments = await _deploy("apart", (one, two))
-            turns = await _turns(one, two, budget_s * 0.8)
+            turns = await _turns(one, two, budget_s * 0.6)
+            request_s = await _busy_s(one.address, "alone", budget_s * 0.2)
             for link in (link for deployment in deployments for link in deployment.links.values()):
                 await link.close()  # before the servers at their ends go
     stage_s, alone_s, apart_s, ping_s = (_quartile(seconds) for seconds in zip(*turns, strict=True))
@@ -58,7 +61,7 @@ async def measure_overhead(budget_s: float) -> pb.Overhead:
     return pb.Overhead(
         stage_s=stage_s,
         message_s=max(hop_s - ping_s / 2, 0.0) / 2,  # at either end
-        request_s=max(alone_s - stage_s, 0.0),
+        request_s=max(request_s, 0.0),
         codecs=codecs,
     )
 
@@ -85,6 +88,29 @@ async def _turns(one: NodeServer, two: NodeServer, budget_s: float) -> list[tupl
         finally:
             probe.cancel()
     return turns[_WARM_UP:]
+
+
+async def _busy_s(address: str, deployment: str, budget_s: float) -> float:
+    """Processor seconds that this thread, which is the servers', spends on one request when many are under way. The client runs in
+    another thread."""
+    before_s = time.thread_time()
+    count = await asyncio.to_thread(background.run, _many(address, deployment, budget_s))
+    return (time.thread_time() - before_s) / count
+
+
+async def _many(address: str, deployment: str, budget_s: float) -> int:
+    """How many requests were answered."""
+    async with AsyncClient(address, deployment) as client:
+        end = time.perf_counter() + budget_s
+
+        async def some() -> int:
+            count = 0
+            while time.perf_counter() < end or not count:
+                await client.infer({"v0": np.zeros(16, np.float32)}, retry=True)
+                count += 1
+            return count
+
+        return sum(await asyncio.gather(*(some() for _ in range(_CLIENTS))))
 
 
 async def _ping(probe: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import itertools
 import statistics
 import tempfile
@@ -136,7 +135,7 @@ class _Run:
             latency_p50_s=float(np.percentile(latencies, 50)),
             latency_p95_s=float(np.percentile(latencies, 95)),
             throughput_per_s=throughput,
-            client_s=size / way.bandwidth_bytes_per_s + (0.0 if _is_loopback(plan.ingress.address) else way.round_trip_s),
+            client_s=size / way.bandwidth_bytes_per_s + way.round_trip_s,
             bytes_per_link=_link_bytes(before, after, self._requests),
             reserved_bytes={node.name: sum(s.reserved_bytes for s in _stages(name, [node]).values()) for node in after},
             process_bytes={node.name: node.process_memory_bytes for node in after},
@@ -212,14 +211,6 @@ async def _client_way(address: str) -> LinkMeasurement:
     async with open_channel(address) as channel:
         with translated(address):
             return await measure_link(stub(channel), _CLIENT_BUDGET_S)
-
-
-def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _status(plan: Plan) -> list[NodeStatus]:

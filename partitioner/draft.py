@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from partitioner.cost import RAW, CodecFigures, Overhead
+from partitioner.constants import codec_figures, machines
+from partitioner.cost import CodecFigures, Machine, Overhead
 from partitioner.layout import crossing_bytes, lay_out, lay_out_again
 from partitioner.profiling import Profile
 from partitioner.solvers.bound import Instance, bottleneck_bound, latency_bound
@@ -45,6 +46,7 @@ class Draft:
     figures: Mapping[str, CodecFigures]
     overheads: Mapping[str, Overhead]
     wishes: Constraints
+    machines: tuple[Machine, ...] = ()
     allowed: np.ndarray | None = None
 
     @classmethod
@@ -55,7 +57,9 @@ class Draft:
         names = tuple(node.name for node in nodes)
         share = {name: taken[1] for name, taken in wishes.taken.items()}
         slow = {name: 1.0 / (1.0 - share.get(name, 0.0)) for name in names}
-        figures = _measured_codecs(nodes) if codecs is None else codecs if "raw" in codecs else {**_measured_codecs(nodes, ("raw",)), **codecs}
+        figures = (
+            _measured_codecs(nodes) if codecs is None else codecs if "raw" in codecs else {**_measured_codecs(nodes, ("raw",)), **codecs}
+        )
         return cls(
             profile=profile,
             nodes=tuple(nodes),
@@ -65,6 +69,7 @@ class Draft:
             figures=shared(figures, names, share),
             overheads={n.name: Overhead(n.stage_s * slow[n.name], n.message_s * slow[n.name], n.request_s * slow[n.name]) for n in nodes},
             wishes=wishes,
+            machines=machines(cluster),
         )
 
     @property
@@ -154,12 +159,14 @@ class Draft:
         return Scale(
             realise=self.realise, objective=goal, links=self.links, limits=self.limits, stages=stages, codecs=self.figures,
             overheads=self.overheads, producers={value: v.name for value, v in self.structure.producer.items()},
-            link_codecs=self._usable_links(), budget=self.wishes.max_accuracy_loss, ingress=self.wishes.ingress,
+            link_codecs=self._usable_links(), budget=self.wishes.max_accuracy_loss, ingress=self.wishes.ingress, machines=self.machines,
         )  # fmt: skip
 
     def realise(self, placement: Placement) -> Realised:
         layout = lay_out(
-            self.structure, {v.name: placement.stage_of[i] for i, v in enumerate(self.structure.vertices)}, prices=_Prices(self, placement.order)
+            self.structure,
+            {v.name: placement.stage_of[i] for i, v in enumerate(self.structure.vertices)},
+            prices=_Prices(self, placement.order),
         )
         names = {stage.index: f"stage{k}" for k, stage in enumerate(layout.stages)}
         stages = tuple(
@@ -280,7 +287,9 @@ class Draft:
     def narrower(self, placement: Placement, problem: ChainProblem) -> Iterator[Placement]:
         """The same order of nodes with one border at a place nearby where less crosses."""
         count = len(placement.order)
-        cuts = [next((i for i, s in enumerate(placement.stage_of) if s >= k), len(self.operators)) for k in range(count)] + [len(self.operators)]
+        cuts = [next((i for i, s in enumerate(placement.stage_of) if s >= k), len(self.operators)) for k in range(count)] + [
+            len(self.operators)
+        ]
         for k in range(1, count):
             here = cuts[k]
             better = [i for i in self.positions if cuts[k - 1] < i < cuts[k + 1] and self.crossing[i] < self.crossing[here]]
@@ -321,17 +330,9 @@ class _Prices:
 
 
 def _measured_codecs(nodes: Sequence[ClusterNode], names: Sequence[str] | None = None) -> Mapping[str, CodecFigures]:
-    """The lossless codecs that every node has measured; raw at no cost where it was not."""
-    found: dict[str, CodecFigures] = dict(RAW)
-    for name in names or codec_names():
-        speeds = {node.name: codec for node in nodes for codec in node.codecs if codec.name == name}
-        if len(speeds) == len(nodes) and get_codec(name).lossless:
-            found[name] = CodecFigures(
-                ratio=min(s.ratio for s in speeds.values()),
-                encode_bytes_per_s={node: s.encode_bytes_per_s for node, s in speeds.items()},
-                decode_bytes_per_s={node: s.decode_bytes_per_s for node, s in speeds.items()},
-            )
-    return found
+    """The lossless codecs that every node has measured; raw always."""
+    known = set(names or codec_names()) & set(codec_names())
+    return {name: figures for name, figures in codec_figures(nodes).items() if name in known and get_codec(name).lossless}
 
 
 def _ends(structure: Structure, operators: Sequence[str]) -> dict[str, str]:

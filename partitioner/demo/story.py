@@ -69,9 +69,7 @@ def run(minilm: Path, folder: Path, say: Say) -> Report:
             say(f"  node {name}  {address}")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if cores <= len(addresses):
-            say(
-                f"  They share {cores} cores with the client: what is predicted below for machines of their own is more than can be seen here."
-            )
+            say(f"  They share {cores} cores, which the predictions below count with, and which the client takes its part of, too.")
         say("Measuring the nodes and the links between them")
         cluster = probe(list(addresses.values()))
         for link in cluster.links:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+from small_models import slow
 
 from partitioner.constants import codec_figures, machines, overheads
 from partitioner.cost import Machine, evaluate
@@ -71,3 +74,23 @@ def test_a_cluster_file_keeps_all_of_it(tmp_path: pytest.TempPathFactory) -> Non
         path.write_text(f'[[nodes]]\nname = "a"\naddress = "127.0.0.1:7001"\n{wrong}\n')
         with pytest.raises(BadCluster, match=message):
             Cluster.load(path)
+
+
+def test_a_plan_says_that_its_nodes_share_cores() -> None:
+    """Three equal nodes on two cores: splitting in three is predicted to gain at most two cores' worth, and `explain` says why."""
+    import partitioner
+    from partitioner.profiling import HERE, Column
+
+    model = slow()
+    measured = partitioner.profile(model, repeats=1)
+    seconds = tuple(0.0 if v.op in ("input", "size") else 0.01 for v in measured.structure.vertices)
+    profile = dataclasses.replace(measured, columns={name: Column(seconds, "made up") for name in (HERE, "a", "b", "c")})
+    links = tuple(Link(x, y, 1e9, 1e-4) for x in "abc" for y in "abc" if x != y)
+    apart = partitioner.plan(profile, Cluster(tuple(node(n, machine=n) for n in "abc"), links), objective="throughput", stages=3)
+    shared = partitioner.plan(profile, Cluster(tuple(node(n) for n in "abc"), links), objective="throughput", stages=3)
+    assert apart.prediction is not None
+    assert shared.prediction is not None
+    alone = shared.prediction.alternatives[0].throughput_per_s
+    assert apart.prediction.throughput_per_s > 2.5 * alone
+    assert 1.8 * alone < shared.prediction.throughput_per_s <= 2.0 * alone
+    assert "bottleneck: 2 cores shared by nodes a, b, c" in shared.explain()

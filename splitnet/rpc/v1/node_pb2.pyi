@@ -791,7 +791,7 @@ class Overhead(google.protobuf.message.Message):
     message_s: builtins.float
     """sending or taking one small tensor, beyond what Probe's round trips hold of it"""
     request_s: builtins.float
-    """a request of a client on this machine through an empty deployment, from call to answer"""
+    """taking a client's request and answering it: processor time; the client's own way is not in it"""
     @property
     def codecs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___CodecSpeed]: ...
     def __init__(
