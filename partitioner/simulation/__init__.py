@@ -5,8 +5,8 @@ resources there are need no library.
   (`nodes.compute`, `nodes.pipeline`). Encoding, decoding and the node's other work for a request use the same processor and go before, as
   an operating system lets short work go before long: a stage that runs is put on hold. With a `spare_core` they run beside it.
 - Nodes on one machine (`partitioner.cost.Machine`), and the links between them, share its cores evenly while they want more than it has.
-- A value goes to every other node over the one stream per directed pair (`nodes.outbox`): requests take turns chunk by chunk. Transmission
-  keeps the link busy, propagation does not. Within a node it takes no time. What goes from one stage to another is encoded, then
+- A value goes to every other node over the one stream per directed pair: what the transport has taken goes in order, what still waits for
+  it (`nodes.outbox`) takes turns, request by request and chunk by chunk. Transmission keeps the link busy, propagation does not. Within a node it takes no time. What goes from one stage to another is encoded, then
   sent, then decoded as a whole; that these overlap within a tensor of several chunks is left out.
 - The ingress admits `max_in_flight` requests and no more (`nodes.admission`). Whoever comes meanwhile waits outside, as
   `Client.stream` does, and is let in, in order, when an answer is complete.

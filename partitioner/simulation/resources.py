@@ -12,8 +12,9 @@ from partitioner.simulation.records import Interval, Kind
 from splitnet.cluster import Link
 from splitnet.wire import CHUNK_BYTES
 
-__all__ = ["Clock", "Cores", "Job", "LinkQueue", "Processor"]
+__all__ = ["TRANSPORT_BYTES", "Clock", "Cores", "Job", "LinkQueue", "Processor"]
 
+TRANSPORT_BYTES = 4 << 20  #: about what a socket and the stream's flow control take before a sender waits (Linux: tcp_wmem's default limit)
 _MAX_TURNS = 64  # per transfer: larger ones take larger turns, so that a huge tensor does not make a million events
 
 
@@ -159,63 +160,81 @@ class Processor:
 
 @dataclass(slots=True)
 class _Parcel:
+    request: int
     stage: str
     target: str
-    left_bytes: float
+    unsent_bytes: float  # not yet in the transport
+    left_bytes: float  # not yet at the far side
     turn_bytes: float
     then: Callable[[], None]
-    interval: int = -1  # of the turn before, in the log
+    interval: int = -1  # of the chunk before, in the log
 
 
 class LinkQueue:
-    """One stream. A request's parcels are sent in order, those of different requests in turn, chunk by chunk. `cores`: a link within
-    a machine is made of processor time."""
+    """One stream. The transport takes chunks until it holds `TRANSPORT_BYTES`, and sends them in that order. What waits before it
+    takes turns: a request's parcels in order, those of different requests chunk by chunk. `cores`: a link within a machine is made of
+    processor time."""
 
     def __init__(self, name: str, link: Link, clock: Clock, log: list[Interval], cores: Cores | None = None) -> None:
         self._name, self._link, self._clock, self._log = name, link, clock, log
         self._worker = _Worker(clock, cores, 1)
         self._parcels: dict[int, deque[_Parcel]] = {}
         self._turns: deque[int] = deque()
+        self._transport: deque[tuple[_Parcel, float]] = deque()
+        self._held_bytes = 0.0
         self._busy = False
 
     def send(self, request: int, stage: str, target: str, size_bytes: float, then: Callable[[], None]) -> None:
         """`then` is called when the last byte has arrived."""
-        parcel = _Parcel(stage, target, size_bytes, max(CHUNK_BYTES, size_bytes / _MAX_TURNS), then)
+        parcel = _Parcel(request, stage, target, size_bytes, size_bytes, max(CHUNK_BYTES, size_bytes / _MAX_TURNS), then)
         if request in self._parcels:
             self._parcels[request].append(parcel)
         else:
             self._parcels[request] = deque((parcel,))
             self._turns.append(request)
-        if not self._busy:
+        self._fill()
+
+    def _fill(self) -> None:
+        while self._turns and (not self._transport or self._held_bytes < TRANSPORT_BYTES):
+            request = self._turns.popleft()
+            waiting = self._parcels[request]
+            parcel = waiting[0]
+            size = min(parcel.unsent_bytes, parcel.turn_bytes)
+            parcel.unsent_bytes -= size
+            self._held_bytes += size
+            self._transport.append((parcel, size))
+            if parcel.unsent_bytes <= 0:
+                waiting.popleft()
+            if waiting:
+                self._turns.append(request)
+            else:
+                del self._parcels[request]
+        if not self._busy and self._transport:
             self._next()
 
     def _next(self) -> None:
         self._busy = True
-        request = self._turns.popleft()
-        parcel = self._parcels[request][0]
-        size = min(parcel.left_bytes, parcel.turn_bytes)
-        parcel.left_bytes -= size
+        parcel, size = self._transport[0]
         start = self._clock.now
-        self._worker.begin(size / self._link.bandwidth_bytes_per_s, lambda: self._end(request, parcel, start))
+        self._worker.begin(size / self._link.bandwidth_bytes_per_s, lambda: self._end(parcel, size, start))
 
-    def _end(self, request: int, parcel: _Parcel, start: float) -> None:
+    def _end(self, parcel: _Parcel, size: float, start: float) -> None:
         self._busy = False
+        self._transport.popleft()
+        self._held_bytes -= size
+        parcel.left_bytes -= size
+        self._write_down(parcel, start)
+        if parcel.left_bytes <= 0:
+            self._clock.at(self._clock.now + self._link.latency_s, parcel.then)
+        self._fill()
+
+    def _write_down(self, parcel: _Parcel, start: float) -> None:
         before = self._log[parcel.interval] if parcel.interval >= 0 else None
         joins = before is not None and before.end_s == start  # nobody came between
         since = before.start_s if joins and before is not None else start
-        done = Interval("transfer", self._name, request, parcel.stage, parcel.target, since, self._clock.now)
+        done = Interval("transfer", self._name, parcel.request, parcel.stage, parcel.target, since, self._clock.now)
         if joins:
             self._log[parcel.interval] = done
         else:
             parcel.interval = len(self._log)
             self._log.append(done)
-        waiting = self._parcels[request]
-        if parcel.left_bytes <= 0:
-            waiting.popleft()
-            self._clock.at(self._clock.now + self._link.latency_s, parcel.then)
-        if waiting:
-            self._turns.append(request)
-        else:
-            del self._parcels[request]
-        if self._turns:
-            self._next()
