@@ -37,6 +37,7 @@ def load_archive(path: Path) -> ModelGraph:
     refuse_pickles(path)
     import torch
 
+    from partitioner.aligning import align_module
     from partitioner.capturing import capture
 
     try:
@@ -50,6 +51,7 @@ def load_archive(path: Path) -> ModelGraph:
         raise BadModel(f"{path}: the archive holds no example inputs", remedy=_REMEDY)
     args, kwargs = program.example_inputs
     module = program.module(check_guards=False)
+    align_module(module)
     placeholders: dict[str, Any] = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
     inputs = [(name, placeholders[name]) for name in program.graph_signature.user_inputs if isinstance(name, str)]
     dynamic = {

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.export.graph_signature import InputKind, OutputKind
 
+from partitioner.aligning import aligned, is_aligned
 from partitioner.describing import describe
 from partitioner.exporting import DynamicShapes, Exported, as_tensor, export
 from partitioner.graph import ModelGraph
@@ -31,7 +32,7 @@ def capture(module: torch.nn.Module, example_inputs: Any, *, name: str = "", dyn
 
     `example_inputs`: a tensor, a tuple of positional inputs, or a dict of keyword inputs; they may nest. `dynamic_shapes` makes more
     dimensions symbolic, by flat input name: {"input_ids": {1: "sequence"}}. The module is captured as it is in eval mode and is
-    left as it was; its weights are shared, not copied.
+    left as it was; its weights are shared, not copied, but for those that do not start on a 64-byte boundary (see `partitioner.aligning`).
 
     The graph is run once beside the module on the example inputs. Raises CaptureError, naming the operator or the line, for a
     module that cannot be exported or that computes something else than its graph; BadInput for example inputs of a wrong kind. Warns
@@ -87,7 +88,8 @@ def _capture(
     unmeasured = describe(name, lowered, weights, example, results, [path for path, _ in outputs], symbols, {})
     draft = _model(unmeasured, lowered, weights, example)
     values, answers = _measure(draft, name)
-    _compare(name, outputs, answers, notes)
+    misaligned = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if not is_aligned(t)]
+    _compare(name, outputs, answers, notes, misaligned)
     for note in notes:
         warnings.warn(f"{name}: {note}", stacklevel=4)
     structure = describe(name, lowered, weights, example, results, [path for path, _ in outputs], symbols, values, tuple(notes))
@@ -114,7 +116,8 @@ def _lower(exported: Exported, inputs: InputTree, notes: list[str]) -> tuple[Low
             tensor = program.state_dict[target] if target in program.state_dict else program.constants[target]
             identity = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) if tensor.numel() else target
             plain = twins.setdefault(identity, target.removeprefix("module."))
-            weights.setdefault(plain, tensor)
+            if plain not in weights:
+                weights[plain] = aligned(tensor)
             environment[node] = Weight(plain)
         else:
             raise CaptureError(f"the module holds {spec.target!r} of kind {spec.kind.name}, which a shard cannot hold")
@@ -231,8 +234,14 @@ def _stored_bytes(tensor: torch.Tensor) -> int:
     return count * tensor.element_size()
 
 
-def _compare(name: str, outputs: list[tuple[str, torch.Tensor]], answers: list[torch.Tensor], notes: list[str]) -> None:
-    """The graph against the module: equal bits are expected; rounding is noted; anything else is refused."""
+def _compare(
+    name: str, outputs: list[tuple[str, torch.Tensor]], answers: list[torch.Tensor], notes: list[str], misaligned: list[str]
+) -> None:
+    """The graph against the module: equal bits are expected; rounding is noted; anything else is refused. `misaligned`: the module's
+    weights that lie otherwise than the graph's."""
+    why = "another kernel rounds otherwise"
+    if misaligned:
+        why += f": the module's {misaligned[0]!r} does not start on a 64-byte boundary, as it does on a node"
     for (path, expected), actual in zip(outputs, answers, strict=True):
         if expected.dtype != actual.dtype or expected.shape != actual.shape:
             raise CaptureError(
@@ -247,7 +256,7 @@ def _compare(name: str, outputs: list[tuple[str, torch.Tensor]], answers: list[t
                 f"output {path!r} of {name} differs from its graph's by up to {difference:g}",
                 remedy="the module computes something else each time, or keeps state: make forward a function of its inputs and weights",
             )
-        notes.append(f"output {path!r} of the graph differs from the module's by up to {difference:g} (another kernel rounds otherwise)")
+        notes.append(f"output {path!r} of the graph differs from the module's by up to {difference:g} ({why})")
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -21,7 +21,8 @@ __all__ = ["ModelGraph"]
 
 @dataclass(frozen=True, eq=False)
 class ModelGraph:
-    """What `partitioner.capture` makes. The weights are the module's own tensors, not copies."""
+    """What `partitioner.capture` makes. The weights are the module's own tensors, not copies, where they start on a
+    64-byte boundary."""
 
     structure: Structure
     operators: Mapping[str, Operator]  # by vertex

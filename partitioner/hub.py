@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+from partitioner.aligning import align_module
 from partitioner.capturing import capture
 from partitioner.graph import ModelGraph
 from splitnet.errors import BadModel, CaptureError
@@ -40,6 +41,7 @@ def load_pretrained(source: str, spec: str) -> ModelGraph:
                 transformers.logging.enable_progress_bar()
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # a cache is no answer
+    align_module(model)  # safetensors are memory-mapped
     example = example_inputs(model)
     name = folder.name if folder.exists() else source
     dynamic = {key: {1: "sequence"} for key in example if key in ("input_ids", "attention_mask")}
