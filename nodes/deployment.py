@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -54,7 +55,9 @@ class Deployment:
     stages: Mapping[str, Stage]
     admission: Admission
     links: Mapping[str, Link] = field(default_factory=dict)
-    draining: bool = False
+    draining: bool = False  #: it is being unloaded here
+    stopping: set[str] = field(default_factory=set)  #: at the ingress: nodes that were asked to stop and finish what was admitted
+    released: asyncio.Event = field(default_factory=asyncio.Event)  #: elsewhere: the ingress needs nothing more of this node
 
     def __post_init__(self) -> None:
         self.ingress = self.plan.ingress

@@ -83,6 +83,13 @@ class Ingress:
             raise NodeUnavailable(
                 "the node is being stopped and takes no new requests", remedy="try again once it has been started and deployed to"
             )
+        for node in deployment.stopping:
+            raise NodeUnavailable(
+                f"node {node!r} is stopping and takes no new requests",
+                remedy="start it again and deploy the plan again, or make a plan without it",
+                node=node,
+                stage=deployment.stages_on(node),
+            )
         if not math.isfinite(frame.timeout_s):
             raise BadInput(f"timeout_s is {frame.timeout_s}", remedy="give a number of seconds, or 0 for the node's limit")
         if frame.timeout_s < 0:

@@ -70,6 +70,7 @@ class Installer:
                 raise NotFound(f"no deployment {name!r} here", remedy="see `splitnet status` for what is deployed")
             deployment.draining = True
             await self._ledger.idle(drain_s, deployment)
+            deployment.released.set()
             cancelled = self._ledger.fail_all(deployment, lambda: Cancelled(f"deployment {name!r} was unloaded", remedy="deploy it again"))
             del self._ledger.deployments[name]
             for link in deployment.links.values():

@@ -52,6 +52,8 @@ class Ledger:
             request.deployment.admission.leave(service_s)
             request.answer.client.remove(request.answer.client_id, complete=request.answer.received)
         self._ended.set()
+        if request.deployment.stopping:
+            self._release_if_empty(request.deployment)
 
     # ------------------------------------------------------------------------------------------------------ for one request
 
@@ -137,11 +139,55 @@ class Ledger:
             self.fail(request, error())
         return len(requests)
 
+    # -------------------------------------------------------------------------------------------------------- nodes that stop
+
+    async def leave(self, timeout_s: float) -> bool:
+        """Tells each ingress, which then admits nothing new, and waits until it has said that nothing is in flight any more: only the
+        ingress knows what is still to come here, and its requests need this node's links until they are answered. An ingress that
+        cannot be reached has nothing in flight. False when the time runs out first."""
+        elsewhere = [deployment for deployment in self.deployments.values() if not deployment.is_ingress]
+        for deployment in elsewhere:
+            deployment.released.clear()
+            own, ingress = deployment.node.name, deployment.ingress.name
+            if (link := deployment.links.get(ingress)) is not None:
+                link.send_stopping(deployment.name, ingress, NodeUnavailable(f"node {own!r} is stopping", node=own))
+            else:
+                deployment.released.set()
+        try:
+            async with asyncio.timeout(timeout_s):
+                for deployment in elsewhere:
+                    await deployment.released.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def node_stops(self, deployment: str, node: str) -> None:
+        """At the ingress: that node finishes what was admitted, and then goes."""
+        known = self.deployments.get(deployment)
+        if known is not None and known.is_ingress and node in known.links:
+            self.log.info("node stops", node=node, deployment=deployment, in_flight=self.requests.count(known))
+            known.stopping.add(node)
+            self._release_if_empty(known)
+
+    def released(self, deployment: str) -> None:
+        if (known := self.deployments.get(deployment)) is not None:
+            known.released.set()
+
+    def _release_if_empty(self, deployment: Deployment) -> None:
+        if not self.requests.count(deployment):
+            for node in deployment.stopping:
+                deployment.links[node].send_released(deployment.name, deployment.ingress.name)
+
     # --------------------------------------------------------------------------------------------------- nodes that go away
 
     def link_down(self, link: Link, error: SplitnetError, lost: list[RequestKey]) -> None:
         """The ingress fails everything that needs the node: it cannot know how far each request was. Another node reports what it may
         have lost on the way."""
+        for deployment in self.deployments.values():
+            if deployment.links.get(link.target.name) is link:
+                deployment.stopping.discard(link.target.name)
+                if link.target == deployment.ingress:
+                    deployment.released.set()
         may_be_lost = set(lost)
         for request in self.requests:
             deployment = request.deployment
@@ -181,6 +227,9 @@ class Ledger:
         if self._senders.get(sender) is token:
             del self._senders[sender]
             self._drop_requests_of(sender)
+            for deployment in self.deployments.values():
+                if deployment.ingress == sender:
+                    deployment.released.set()
 
     def _drop_requests_of(self, ingress: NodeRef) -> None:
         for request in self.requests:

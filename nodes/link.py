@@ -93,6 +93,14 @@ class Link:
     def send_cancel(self, key: RequestKey, reason: str) -> None:
         self._send_now(pb.Frame(request=key.request, deployment=key.deployment, ingress=key.ingress, cancel=pb.Cancel(reason=reason[:200])))
 
+    def send_stopping(self, deployment: str, ingress: str, error: SplitnetError) -> None:
+        """To the ingress: this node is being stopped. A failure of no request in particular."""
+        self._send_now(pb.Frame(deployment=deployment, ingress=ingress, failure=to_failure(error)))
+
+    def send_released(self, deployment: str, ingress: str) -> None:
+        """The ingress's answer, once nothing is in flight: a cancellation of no request in particular."""
+        self._send_now(pb.Frame(deployment=deployment, ingress=ingress, cancel=pb.Cancel(reason="nothing is in flight")))
+
     def _send_now(self, frame: pb.Frame) -> None:
         """Forgotten when there is no connection to be had: then the far side drops the request by itself."""
         self.outbox.send_now(frame)

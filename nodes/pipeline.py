@@ -77,8 +77,8 @@ class Pipeline:
             self._ledger.fail(request, error.at(stage=stage))
 
     def _open(self, key: RequestKey, deployment: Deployment, timeout_s: float) -> Request:
-        if self._ledger.draining or deployment.draining:
-            raise NodeUnavailable("the node is being stopped", remedy="try again once it has been started and deployed to")
+        if deployment.draining:
+            raise NodeUnavailable("the deployment is being unloaded", remedy="deploy the plan again")
         # The ingress keeps to max_in_flight; it may be ahead by what is already answered there and not yet put away here.
         if self._ledger.requests.count(deployment) >= 2 * deployment.admission.limit + _SPARE:
             raise Overloaded("more requests came from the ingress than max_in_flight allows", retry_after_s=0.1)

@@ -89,14 +89,14 @@ class NodeServer:
         self.ledger.deployments[deployment.name] = deployment
 
     async def drain(self) -> bool:
-        """Takes nothing new, finishes what is in flight; False when `drain_s` was not enough."""
+        """Takes nothing new, finishes what was admitted, here or at another ingress; False when `drain_s` was not enough."""
         self.ledger.draining = True
         for service in ("", SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
         self._log.info("draining", in_flight=self.ledger.requests.count(), at_most_s=self.config.drain_s)
         clock = asyncio.get_running_loop().time
         until_s = clock() + self.config.drain_s
-        done = await self.ledger.idle(self.config.drain_s)
+        done = await self.ledger.leave(self.config.drain_s) and await self.ledger.idle(max(until_s - clock(), _LAST_BYTES_S))
         with suppress(TimeoutError):
             async with asyncio.timeout(max(until_s - clock(), _LAST_BYTES_S)):
                 await asyncio.gather(*(client.outbox.flushed() for client in self._servicer.clients))

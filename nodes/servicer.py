@@ -119,9 +119,11 @@ class Servicer(NodeServicer):
 
     async def _take(self, key: RequestKey, message: Message) -> None:
         frame = message.frame
-        if max(map(len, key)) > _LONGEST_NAME or len(frame.stage) > _LONGEST_NAME or not key.request:
-            raise ProtocolError("a frame's request, deployment, stage or ingress is missing or too long")
-        if frame.HasField("failure"):
+        if max(map(len, key)) > _LONGEST_NAME or len(frame.stage) > _LONGEST_NAME:
+            raise ProtocolError("a frame's request, deployment, stage or ingress is too long")
+        if not key.request:
+            self._take_for_all(key, frame)
+        elif frame.HasField("failure"):
             self._ledger.failed_elsewhere(key, from_failure(frame.failure))
         elif frame.HasField("cancel"):
             self._ledger.dropped_by_ingress(key)
@@ -129,6 +131,15 @@ class Servicer(NodeServicer):
             await self._pipeline.take(key, frame.stage, frame.tensor, message.payload, frame.timeout_s)
         else:
             raise ProtocolError("a frame has neither a tensor, nor a failure, nor a cancellation")
+
+    def _take_for_all(self, key: RequestKey, frame: pb.Frame) -> None:
+        """What is said of no request in particular, when a node stops: see `Ledger.leave`."""
+        if frame.HasField("failure"):
+            self._ledger.node_stops(key.deployment, from_failure(frame.failure).node)
+        elif frame.HasField("cancel"):
+            self._ledger.released(key.deployment)
+        else:
+            raise ProtocolError("a frame's request is missing")
 
     # ------------------------------------------------------------------------------------------------------------- install
 
