@@ -17,6 +17,7 @@ from typing import Any, Self
 from splitnet.cluster import Cluster
 from splitnet.errors import BadInput, NodeUnavailable
 from testbed import cpu
+from testbed.kernel import KernelNetwork, check_kernel
 from testbed.shaping import UNSHAPED, LinkShape
 from testbed.spec import CLIENT, BedSpec, NodeSpec
 
@@ -118,26 +119,36 @@ class Testbed:
         self.spec = spec
         self.notes: list[str] = []
         self.addresses: dict[str, str] = {}
+        self.relay: RelayProcess | None = None  #: what shapes the links, unless the kernel does
+        self._network: KernelNetwork | None = None
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._shares: dict[str, cpu.Share] = {}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
+        if self.spec.shaping == "kernel":
+            check_kernel(self.spec)
         with contextlib.ExitStack() as stack:
             self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="splitnet-testbed-")))
             self._shares = self._give_shares(stack)
-            self._relay = RelayProcess(self.folder / "relay.log")
-            stack.callback(self._relay.close)
-            self.addresses = self._relay.listen(list(self.spec.names))
+            if self.spec.shaping == "kernel":
+                self._network = KernelNetwork(self.spec)
+                stack.callback(self._network.close)
+                self.addresses = {name: self._network.address(name) for name in self.spec.names}
+            else:
+                self.relay = RelayProcess(self.folder / "relay.log")
+                stack.callback(self.relay.close)
+                self.addresses = self.relay.listen(list(self.spec.names))
+                if "real-time" not in self.relay.priority:
+                    self.notes.append(f"relay: {self.relay.priority}")
             stack.callback(self._stop)
             for node in self.spec.nodes:
                 self._processes[node.name] = self._start(node)
             actual = {node.name: self._announced(node.name) for node in self.spec.nodes}
-            self._relay.connect(actual, {name: process.pid for name, process in self._processes.items()})
+            if self.relay is not None:
+                self.relay.connect(actual, {name: process.pid for name, process in self._processes.items()})
             self.reshape(self.spec)
             self.cluster_file.write_text(self.cluster().to_toml())
-            if "real-time" not in self._relay.priority:
-                self.notes.append(f"relay: {self._relay.priority}")
             self._stack = stack.pop_all()
         return self
 
@@ -145,8 +156,10 @@ class Testbed:
         self._stack.close()
 
     @property
-    def relay(self) -> RelayProcess:
-        return self._relay
+    def _carrier(self) -> RelayProcess | KernelNetwork:
+        carrier = self.relay or self._network
+        assert carrier is not None, "the testbed runs within its block only"
+        return carrier
 
     @property
     def cluster_file(self) -> Path:
@@ -168,22 +181,22 @@ class Testbed:
 
     def reshape(self, spec: BedSpec) -> None:
         """Other links between the same nodes, from now on."""
-        self._relay.set_links({pair: spec.shape(*pair) for pair in spec.pairs()})
+        self._carrier.set_links({pair: spec.shape(*pair) for pair in spec.pairs()})
         self.spec = spec
 
     @contextlib.contextmanager
     def free_for_clients(self) -> Iterator[None]:
         """Within the block the client's way to every node is unshaped: to ship shards, which is not what is measured."""
         ways = [pair for pair in self.spec.pairs() if CLIENT in pair]
-        self._relay.set_links(dict.fromkeys(ways, UNSHAPED))
+        self._carrier.set_links(dict.fromkeys(ways, UNSHAPED))
         try:
             yield
         finally:
-            self._relay.set_links({pair: self.spec.shape(*pair) for pair in ways})
+            self._carrier.set_links({pair: self.spec.shape(*pair) for pair in ways})
 
     def report(self) -> dict[str, Any]:
-        """What the relay has carried, and the seconds for which each node was held back to its share."""
-        return {**self._relay.report(), "throttled_s": {name: share.throttled_s() for name, share in self._shares.items()}}
+        """What the links have carried, and the seconds for which each node was held back to its share."""
+        return {**self._carrier.report(), "throttled_s": {name: share.throttled_s() for name, share in self._shares.items()}}
 
     def _give_shares(self, stack: contextlib.ExitStack) -> dict[str, cpu.Share]:
         wanted = {node.name: node.cpu for node in self.spec.nodes if node.cpu}
@@ -209,8 +222,11 @@ class Testbed:
     def _start(self, node: NodeSpec) -> subprocess.Popen[bytes]:
         home = self.folder / node.name
         home.mkdir()
+        where, listen = [], ["--listen", "127.0.0.1:0"]
+        if self._network is not None:
+            where, listen = self._network.command(node.name), ["--listen", self._network.address(node.name), "--insecure"]
         command = [
-            *_launched(self._shares.get(node.name)), sys.executable, "-m", "splitnet", "node", "--listen", "127.0.0.1:0", "--name", node.name, "--threads", str(node.threads),
+            *_launched(self._shares.get(node.name)), *where, sys.executable, "-m", "splitnet", "node", *listen, "--name", node.name, "--threads", str(node.threads),
             "--memory", str(node.memory_bytes), "--data", str(home / "data"), "--announce", str(home / "address"), "--log-json",
         ]  # fmt: skip
         with (home / "log").open("wb") as log:
