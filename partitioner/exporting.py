@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram
 
+from partitioner.quiet import quiet_torch
 from partitioner.trees import InputTree, flatten_output
 from splitnet.errors import CaptureError
 
@@ -113,7 +114,7 @@ def _shape_of(name: str, tensor: torch.Tensor, attempt: str, dynamic: DynamicSha
 
 
 def _export(module: torch.nn.Module, args: tuple[torch.Tensor, ...], shapes: tuple[dict[int, Any], ...]) -> ExportedProgram:
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), quiet_torch():
         warnings.simplefilter("ignore")  # torch's own, about its internals
         try:
             program = torch.export.export(module, args, dynamic_shapes=(shapes,), strict=False)
