@@ -21,7 +21,7 @@ from partitioner.solvers.sums import Hop, Sums
 
 __all__ = ["MAX_FIGURES", "Answer", "candidates", "is_solvable", "solve_chain"]
 
-MAX_FIGURES = 1 << 23  #: of the table: 64 MiB of float64, and seconds of time
+MAX_FIGURES = 1 << 26  #: that a table may look at: seconds of time
 _UNITS = 64  # steps of the error budget where the errors are no multiples of anything
 _WIDEST = 288  # choices of devices times kinds kept per level where all are too many
 _TRIED = 64  # quickest plans that are priced to find one within a bottleneck

@@ -9,7 +9,7 @@ import numpy as np
 
 from partitioner.solvers.problem import Candidate, ChainProblem, Codecs, Overheads
 
-__all__ = ["Grouped", "group", "sets_of"]
+__all__ = ["Grouped", "group", "sets_of", "table_figures"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,5 +109,5 @@ def _exchangeable(problem: ChainProblem, a: int, b: int) -> bool:
 
 
 def table_figures(sizes: tuple[int, ...], most: int, length: int, firsts: int, levels: int) -> float:
-    """How many figures a table over all choices of devices would hold."""
-    return float(sets_of(sizes, most)) * len(sizes) * firsts * levels * (length + 1) if sizes else math.inf
+    """How many figures a table over all choices of devices would look at."""
+    return float(sets_of(sizes, most)) * len(sizes) ** 2 * firsts * levels * (length + 1) if sizes else math.inf

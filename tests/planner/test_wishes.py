@@ -99,7 +99,7 @@ def every_plan(
 @pytest.mark.parametrize("budget", [None, 0.0, 0.5])
 def test_codecs_equal_brute_force(objective: str, budget: float | None) -> None:
     lossy = 0
-    for seed in range(80):
+    for seed in range(50):
         graph, devices, links, codecs, usable = coded(seed)
         figures = [p[objective == "throughput"] for p in every_plan(graph, devices, links, codecs, usable) if budget is None or p[2] <= budget]
         if not figures:
@@ -111,7 +111,7 @@ def test_codecs_equal_brute_force(objective: str, budget: float | None) -> None:
         assert plan.prediction is not None
         assert plan.prediction.bound == pytest.approx(min(figures), rel=1e-12), seed
         lossy += any(t.codec != "raw" for t in plan.transfers)
-    assert lossy > (10 if budget != 0.0 else -1)
+    assert lossy > (6 if budget != 0.0 else -1)
 
 
 def test_a_codec_is_used_where_the_link_is_slow_and_not_where_it_is_fast() -> None:
@@ -182,7 +182,7 @@ def test_microbatches_trade_fixed_costs_for_overlap() -> None:
     assert whole.prediction.batch == 16  # fixed costs are shared by more items
     for node in graph:
         graph.nodes[node]["activation_bytes"] = 10
-    tight = solve(graph, {"a": 700.0, "b": 700.0}, links, "throughput", batch=16)
+    tight = solve(graph, {"a": 430.0, "b": 430.0}, links, "throughput", batch=16)
     assert tight.prediction is not None
     assert tight.prediction.batch < 16
 
