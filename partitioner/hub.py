@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,18 @@ from splitnet.errors import BadModel, CaptureError
 
 __all__ = ["example_inputs", "load_pretrained"]
 
+_PLAIN = {
+    "",
+    "model",
+    "models",
+    "checkpoint",
+    "pretrained",
+    "weights",
+    "snapshot",
+    "main",
+    "output",
+    "out",
+}  # names of folders, not of models
 _SEQUENCE = 16  # tokens in the example: short, the length is symbolic where it can be
 _REMEDY = "give a directory with config.json and *.safetensors, or a repository of the hub that has them"
 
@@ -23,6 +38,8 @@ _REMEDY = "give a directory with config.json and *.safetensors, or a repository 
 def load_pretrained(source: str, spec: str) -> ModelGraph:
     """The model without a head (AutoModel), or the architecture that its config names where there is no such thing. Raises BadModel."""
     folder = Path(source).expanduser()
+    if not folder.exists() and _is_path(source):
+        raise BadModel(f"{spec}: there is no directory {folder}", remedy=_REMEDY)
     if folder.exists() and not (folder / "config.json").is_file():
         raise BadModel(f"{spec}: {folder} has no config.json", remedy=_REMEDY)
     where = str(folder) if folder.exists() else source
@@ -43,7 +60,7 @@ def load_pretrained(source: str, spec: str) -> ModelGraph:
         model.config.use_cache = False  # a cache is no answer
     align_module(model)  # safetensors are memory-mapped
     example = example_inputs(model)
-    name = folder.name if folder.exists() else source
+    name = _name(folder) if folder.exists() else source
     dynamic = {key: {1: "sequence"} for key in example if key in ("input_ids", "attention_mask")}
     dynamic |= {key: {1: "target"} for key in example if key == "decoder_input_ids"}
     try:
@@ -54,6 +71,28 @@ def load_pretrained(source: str, spec: str) -> ModelGraph:
     captured = capture(model, example, name=name)
     warnings.warn(f"{spec}: the sequence length is fixed at {_SEQUENCE}: torch.export cannot make it symbolic", stacklevel=3)
     return captured
+
+
+def _is_path(source: str) -> bool:
+    """Whether what is no directory was meant as one: repositories of the hub are called NAME or OWNER/NAME."""
+    return source.startswith((".", "/", "~", os.sep)) or len(Path(source).parts) > 2
+
+
+def _name(folder: Path) -> str:
+    """The folder's name; where that says nothing, the last part of what the model was called when it was saved, if that says more."""
+    here = os.path.basename(os.path.abspath(folder))
+    if not _says_nothing(here):
+        return here
+    try:
+        saved = str(json.loads((folder / "config.json").read_bytes()).get("_name_or_path", ""))
+    except ValueError:
+        return here
+    last = re.split(r"[/\\]", saved.rstrip("/\\"))[-1]
+    return here if _says_nothing(last) else last
+
+
+def _says_nothing(name: str) -> bool:
+    return name.lower() in _PLAIN or not name[:1].isalnum() or re.fullmatch(r"[0-9a-f]{40}", name) is not None
 
 
 def _load(where: str, config: Any) -> torch.nn.Module:

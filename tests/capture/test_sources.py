@@ -26,7 +26,11 @@ _THIRD_PARTY = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:
     [
         ("resnet50", "not understood"),
         ("", "not understood"),
-        ("hf:no/such/directory/anywhere", "cannot load it"),
+        ("hf:no/such/directory/anywhere", "there is no directory no/such/directory/anywhere"),
+        ("hf:./nope", "there is no directory nope"),
+        ("hf:../nope", "there is no directory"),
+        ("hf:/no/such", "there is no directory /no/such"),
+        ("hf:~/no-such-directory-here", "there is no directory .*no-such-directory-here"),
         ("py:splitnet", "expected py:"),
         ("py:no_such_module_here:f", "cannot import 'no_such_module_here'"),
         ("py:splitnet.errors:nothing", "has no 'nothing'"),
@@ -112,6 +116,28 @@ def test_examples_follow_from_the_config(tmp_path: Path) -> None:
         assert captured.name == name
     with pytest.raises(BadModel, match=r"no config\.json"):
         partitioner.load_model(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("folder", "saved", "name"),
+    [
+        ("model", "nreimers/MiniLM-L6", "MiniLM-L6"),
+        ("model", "C:\\models\\MiniLM-L6\\", "MiniLM-L6"),
+        ("my-model", "nreimers/MiniLM-L6", "my-model"),  # finetuned, perhaps: the config names what it was made from
+        ("0123456789abcdef0123456789abcdef01234567", "owner/snapshot-of-it", "snapshot-of-it"),
+        ("model", "./checkpoint", "model"),
+        ("model", None, "model"),
+        ("model", "", "model"),
+    ],
+)
+def test_the_name_of_a_model(tmp_path: Path, folder: str, saved: str | None, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from partitioner.hub import _name
+
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "config.json").write_text(json.dumps({} if saved is None else {"_name_or_path": saved}))
+    assert _name(tmp_path / folder) == name
+    monkeypatch.chdir(tmp_path / folder)
+    assert _name(Path()) == name
 
 
 @_THIRD_PARTY
