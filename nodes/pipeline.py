@@ -112,6 +112,7 @@ class Pipeline:
         """Puts the chunk in its place; the tensor once it is whole. `check` sees it (its header, in effect) before it is filled.
         None also when the request has ended meanwhile."""
         started = time.perf_counter()
+        timed = request.deployment.stages.get(stage)  # none for CLIENT; and they may be gone after a pause
         assembler, new = request.assembler(stage, chunk, self._max_tensor_bytes)
         if new and spec is not None and (chunk.dtype != spec.dtype or len(chunk.shape) != len(spec.shape)):
             raise ProtocolError(
@@ -124,8 +125,8 @@ class Pipeline:
             whole = assembler.add(chunk, payload)
         else:
             whole = await self._loop.run_in_executor(self.pool, assembler.add, chunk, payload)
-        if stage != CLIENT:
-            request.deployment.stages[stage].decode_s += time.perf_counter() - started
+        if timed is not None:
+            timed.decode_s += time.perf_counter() - started
         if not (whole and request.live):
             return None
         request.assembled(stage, chunk.name)
@@ -144,6 +145,7 @@ class Pipeline:
         if len(waiting) == len(here.inputs):
             del request.inputs[stage]
             request.ran.add(stage)
+            request.running += 1
             here.queued += 1
             self._compute.submit(functools.partial(self._run, request, here, waiting, time.perf_counter()))
 
@@ -164,6 +166,7 @@ class Pipeline:
         self, request: Request, stage: Stage, outcome: dict[str, np.ndarray] | SplitnetError | None, wait_s: float, compute_s: float
     ) -> None:
         stage.queued -= 1
+        request.running -= 1
         if outcome is None:
             return
         stage.requests += 1

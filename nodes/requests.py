@@ -59,6 +59,7 @@ class Request:
         "key",
         "live",
         "ran",
+        "running",
         "timer",
         "unsent",
     )
@@ -70,7 +71,8 @@ class Request:
         self.live = True
         self.answer: Answer | None = None
         self.inputs: dict[str, dict[str, np.ndarray]] = {}  # of stages on this node, until they run
-        self.ran: set[str] = set()  # stages of this node
+        self.ran: set[str] = set()  # stages of this node that have been started
+        self.running = 0  # those of them that have not finished
         self.unsent = 0  # parcels
         self.timer: asyncio.TimerHandle | None = None
         self._assemblers: dict[tuple[str, str], TensorAssembler] = {}
@@ -80,7 +82,7 @@ class Request:
     @property
     def done(self) -> bool:
         """Whether this node has nothing more to do for it (the ingress has, until it has answered)."""
-        return len(self.ran) == len(self.deployment.stages) and not self.unsent
+        return len(self.ran) == len(self.deployment.stages) and not (self.running or self.unsent)
 
     @property
     def arriving(self) -> int:
