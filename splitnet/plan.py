@@ -10,19 +10,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from splitnet.errors import BadInput, BadPlan
+from splitnet.errors import BadPlan
 from splitnet.tensors import TensorSpec
 
 __all__ = ["CLIENT", "PLAN_VERSION", "Alternative", "NodeRef", "OutputSpec", "Plan", "Prediction", "StageSpec", "Transfer"]
 
 PLAN_VERSION = 1
-_T = TypeVar("_T")
 CLIENT = ""  #: the stage name that stands for the client's side of the ingress, in `Transfer.source` and `.target`
 
 
@@ -163,7 +161,9 @@ class Plan:
                 f"the plan has version {version!r}, this splitnet reads version {PLAN_VERSION}",
                 remedy="make the plan again with `splitnet plan`, or update splitnet on this machine",
             )
-        return _Reader("plan").plan(document)
+        from splitnet.plan_reader import read_plan  # which needs the nouns of this module
+
+        return read_plan(document)
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.to_json())
@@ -192,85 +192,6 @@ class Plan:
         from splitnet.drawing import draw  # found by an entry point: this package knows no planner
 
         draw(self, path, **material)
-
-
-class _Reader:
-    """Takes a JSON document apart and says where it is wrong."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def plan(self, d: Mapping[str, Any]) -> Plan:
-        prediction = d.get("prediction")
-        return self._make(
-            Plan, d,
-            nodes=lambda v, p: self._each(v, p, NodeRef),
-            stages=lambda v, p: self._each(v, p, StageSpec, inputs=self._specs, outputs=self._specs, operators=self._strings),
-            transfers=lambda v, p: self._each(v, p, Transfer, tensors=self._strings),
-            inputs=self._specs,
-            outputs=lambda v, p: self._each(v, p, OutputSpec, spec=self._spec),
-            prediction=lambda v, p: None if prediction is None else self._make(
-                Prediction, v, p, memory_bytes=self._figures, bytes_per_link=self._figures, symbols=self._figures,
-                alternatives=lambda w, q: self._each(w, q, Alternative),
-            ),
-        )  # fmt: skip
-
-    def _make(self, cls: type[_T], d: Any, at: str = "", **readers: Any) -> _T:
-        at = at or self.path
-        if not isinstance(d, Mapping):
-            raise BadPlan(f"{at}: expected an object, got {type(d).__name__}")
-        fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(d) - set(fields))
-        if unknown:
-            raise BadPlan(f"{at}: unknown key {unknown[0]!r}")
-        values: dict[str, Any] = {}
-        for name, spec in fields.items():
-            if name not in d:
-                if spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-                    raise BadPlan(f"{at}.{name}: missing")
-                continue
-            values[name] = (
-                readers[name](d[name], f"{at}.{name}") if name in readers else self._scalar(d[name], str(spec.type), f"{at}.{name}")
-            )
-        return cls(**values)
-
-    @staticmethod
-    def _scalar(value: Any, kind: str, at: str) -> Any:
-        if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        expected: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
-        if type(value) is not expected[kind]:
-            raise BadPlan(f"{at}: expected {kind}, got {type(value).__name__}")
-        if isinstance(value, int | float) and (math.isnan(value) or value < 0):
-            raise BadPlan(f"{at}: expected a figure that is not negative, got {value}")
-        return value
-
-    def _each(self, v: Any, at: str, cls: type[Any], **readers: Any) -> tuple[Any, ...]:
-        if not isinstance(v, list):
-            raise BadPlan(f"{at}: expected a list, got {type(v).__name__}")
-        return tuple(self._make(cls, item, f"{at}[{i}]", **readers) for i, item in enumerate(v))
-
-    def _strings(self, v: Any, at: str) -> tuple[str, ...]:
-        if not isinstance(v, list) or not all(isinstance(item, str) for item in v):
-            raise BadPlan(f"{at}: expected a list of strings")
-        return tuple(v)
-
-    def _figures(self, v: Any, at: str) -> dict[str, int]:
-        if not isinstance(v, Mapping):
-            raise BadPlan(f"{at}: expected an object, got {type(v).__name__}")
-        return {str(name): self._scalar(figure, "int", f"{at}[{name!r}]") for name, figure in v.items()}
-
-    def _specs(self, v: Any, at: str) -> tuple[TensorSpec, ...]:
-        if not isinstance(v, list):
-            raise BadPlan(f"{at}: expected a list, got {type(v).__name__}")
-        return tuple(self._spec(item, f"{at}[{i}]") for i, item in enumerate(v))
-
-    @staticmethod
-    def _spec(v: Any, at: str) -> TensorSpec:
-        try:
-            return TensorSpec.from_json(v)
-        except (KeyError, TypeError, BadInput) as error:
-            raise BadPlan(f"{at}: {error}") from None
 
 
 def _check(plan: Plan) -> None:
