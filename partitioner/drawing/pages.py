@@ -61,6 +61,9 @@ def pictures(plan: Plan, profile: Profile | None, cluster: Cluster | None, plann
     if cluster is not None or not spread:
         times = timeline(plan, cluster)
         more = f" The {times.left_out} rows that work least are left out." if times.left_out else ""
+        more += (
+            f" Nobody measured the codec {' and '.join(times.unknown_codecs)}: shown as if it took no time." if times.unknown_codecs else ""
+        )
         note = "As the simulator plays it. The number on a bar is the request's; a row is a node, or a link from one to another."
         panels.append(Panel("Who works when", note + more, times))
     else:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from partitioner.constants import codec_figures, machines, overheads
+from partitioner.cost import CodecFigures
 from partitioner.drawing.canvas import INK, MUTED, ON_FILL, WIDTH, Sheet, stage_colour, text_width, tint
 from partitioner.simulation import Interval, Simulation, simulate
 from splitnet.cluster import Cluster
@@ -42,6 +43,7 @@ class Timeline:
     plan: Plan
     rows: tuple[str, ...]  # nodes and links, in the order of the data's way
     left_out: int
+    unknown_codecs: tuple[str, ...]  # without figures: played as if they cost nothing
     parts: tuple[_Part, ...]
 
     @property
@@ -123,7 +125,10 @@ def timeline(plan: Plan, cluster: Cluster | None) -> Timeline:
     used = [cluster.node(node.name) for node in plan.nodes] if cluster else []
     links = {(link.source, link.target): link for link in cluster.links} if cluster else {}
     shared = machines(cluster) if cluster else ()
-    play = partial(simulate, plan, links, codecs=codec_figures(used), overheads=overheads(used), machines=shared)
+    figures = codec_figures(used)
+    unknown = tuple(sorted({t.codec for t in plan.transfers} - set(figures)))
+    figures |= {name: CodecFigures() for name in unknown}
+    play = partial(simulate, plan, links, codecs=figures, overheads=overheads(used), machines=shared)
     alone, full = play(requests=1), play(requests=max(_WINDOWS * plan.max_in_flight, _SHOWN))
     rows = _rows(plan, full)
     left_out = 0
@@ -137,7 +142,7 @@ def timeline(plan: Plan, cluster: Cluster | None) -> Timeline:
         _Part(f"one request alone: {seconds_text(alone.requests[0].latency_s)}", alone, alone.end_s),
         _Part(f"pipeline full: {full.throughput_per_s:.3g} requests per second", full, done[min(_SHOWN, len(done)) - 1]),
     )
-    return Timeline(plan, tuple(rows), left_out, parts)
+    return Timeline(plan, tuple(rows), left_out, unknown, parts)
 
 
 def _rows(plan: Plan, played: Simulation) -> list[str]:
