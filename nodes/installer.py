@@ -19,11 +19,10 @@ from nodes.store import BlobStore
 from splitnet.errors import AlreadyExists, BadPlan, BadShard, Cancelled, InsufficientMemory, NodeUnavailable, NotFound, SplitnetError
 from splitnet.plan import NodeRef, Plan, StageSpec
 from splitnet.shard import Shard
+from splitnet.stage_memory import stage_memory_bytes
 from splitnet.tensors import TensorSpec
 
 __all__ = ["Installer"]
-
-_BUFFERED_REQUESTS = 2  # whose inputs a stage holds at the least: one computes while the next arrives. The planner counts the same
 
 
 class Installer:
@@ -159,7 +158,7 @@ def _checked(plan: Plan, spec: StageSpec, shard: Shard) -> int:
     if not spec.inputs:
         raise BadPlan(f"stage {spec.name!r} has no input, so nothing would start it", remedy="make the plan again")
     received_bytes = sum(transfer.bytes for transfer in plan.transfers if transfer.target == spec.name)
-    return manifest.param_bytes + manifest.activation_bytes + _BUFFERED_REQUESTS * received_bytes
+    return stage_memory_bytes(manifest.param_bytes, manifest.activation_bytes, received_bytes)
 
 
 def _faces(specs: tuple[TensorSpec, ...]) -> list[tuple[str, str, int]]:

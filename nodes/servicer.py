@@ -9,6 +9,9 @@ from typing import Any, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
+from google.protobuf.message import Message as ProtobufMessage
+from google.protobuf.message_factory import GetMessageClass
 
 from nodes.clients import ClientStream
 from nodes.compute import ComputeThread
@@ -114,7 +117,8 @@ class Servicer(NodeServicer):
     async def end_streams(self, reason: SplitnetError) -> None:
         """Ends all Run and Forward streams; the far sides are told why."""
         for context in list(self._streams):
-            with contextlib.suppress(grpc.aio.AbortError, grpc.aio.UsageError):  # the first is how gRPC's abort returns
+            # The first is how gRPC's abort returns; the others come where the far side has gone already.
+            with contextlib.suppress(grpc.aio.AbortError, grpc.aio.UsageError, grpc.aio.InternalError):
                 await abort_with(context, reason)
 
     async def _take(self, key: RequestKey, message: Message) -> None:
@@ -188,13 +192,48 @@ class Servicer(NodeServicer):
 
 
 def add_to_server(servicer: Servicer, server: grpc.aio.Server) -> None:
-    """Registers all calls; Run and Forward with undecoded messages: `wire.decode_frame` finds the payload in them without a copy."""
+    """Registers all calls with undecoded messages: for Run and Forward `wire.decode_frame` finds the payload in them without a copy; for
+    the others, what cannot be decoded is answered by a message (gRPC would log a traceback and say nothing)."""
     add_NodeServicer_to_server(servicer, server)
     undecoded: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "Run": grpc.stream_stream_rpc_method_handler(servicer.Run),
-        "Forward": grpc.stream_stream_rpc_method_handler(servicer.Forward),
+        call.name: _decoding(getattr(servicer, call.name), GetMessageClass(call.input_type), stream=call.client_streaming)
+        for call in pb.DESCRIPTOR.services_by_name["Node"].methods
     }
+    undecoded["Run"] = grpc.stream_stream_rpc_method_handler(servicer.Run)
+    undecoded["Forward"] = grpc.stream_stream_rpc_method_handler(servicer.Forward)
     server.add_registered_method_handlers(SERVICE, undecoded)  # take the place of the generated ones
+
+
+def _decoding(call: Callable[..., Any], kind: type[ProtobufMessage], *, stream: bool) -> grpc.RpcMethodHandler[Any, Any]:
+    def decoded(data: bytes) -> ProtobufMessage:
+        try:
+            return kind.FromString(data)
+        except DecodeError:
+            raise BadInput(
+                f"{len(data)} bytes are not a {kind.DESCRIPTOR.name}", remedy="run the same version of splitnet on both sides"
+            ) from None
+
+    async def one(data: bytes, context: Context) -> Any:
+        try:
+            request = decoded(data)
+        except BadInput as error:
+            await abort_with(context, error)
+        return await call(request, context)
+
+    async def many(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+        try:
+            async for reply in call((decoded(data) async for data in requests), context):
+                yield reply
+        except BadInput as error:
+            await abort_with(context, error)
+
+    if stream:
+        return grpc.stream_stream_rpc_method_handler(many, response_serializer=_serialize)
+    return grpc.unary_unary_rpc_method_handler(one, response_serializer=_serialize)
+
+
+def _serialize(message: ProtobufMessage) -> bytes:
+    return message.SerializeToString()
 
 
 async def _frames(context: Context) -> AsyncIterator[Message]:

@@ -32,10 +32,10 @@ from dataclasses import dataclass
 from splitnet.cluster import Link
 from splitnet.errors import BadInput, NoPlan
 from splitnet.plan import CLIENT, StageSpec, Transfer
+from splitnet.stage_memory import BUFFERED_REQUESTS, stage_memory_bytes
 
 __all__ = ["BUFFERED_REQUESTS", "NO_OVERHEAD", "RAW", "CodecFigures", "Cost", "Machine", "Overhead", "evaluate", "stage_memory_bytes"]
 
-BUFFERED_REQUESTS = 2  #: requests whose inputs a stage holds at the least: the one that computes, the one that arrives meanwhile
 _SHORTEST_S = 1e-9  # keeps the throughput of a plan that costs nothing finite
 
 
@@ -131,11 +131,6 @@ class Cost:
     def objective_s(self, objective: str) -> float:
         """The figure that the objective makes small: latency, or the bottleneck's time per request."""
         return self.latency_s if objective == "latency" else self.bottleneck_s
-
-
-def stage_memory_bytes(param_bytes: int, activation_bytes: int, received_bytes: int) -> int:
-    """What one stage needs on its node."""
-    return param_bytes + activation_bytes + BUFFERED_REQUESTS * received_bytes
 
 
 def evaluate(

@@ -152,7 +152,7 @@ def completion(shell: str) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs `splitnet` with these arguments (default: the process's) and returns the exit status. Never raises but SystemExit."""
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its own notes (a peer said goodbye) are no news to the user
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it has to say (a peer's goodbye, a port in use) is said by us
     return run_command(cli, args, prog_name="splitnet")
 
 

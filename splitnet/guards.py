@@ -1,6 +1,6 @@
 """What torch leaves unchecked. Nodes run documents of strangers on inputs of strangers: an operator may fail there, but it must not read or
-write memory that is not its own, nor end the process. Each of these did, with torch 2.13 on x86-64; random arguments under glibc's checks
-found them.
+write memory that is not its own, nor end the process. Most of these did, with torch 2.13 on x86-64: random arguments under glibc's checks found
+them. The others are there as a precaution, for kernels that check their arguments no better.
 
 `check_kinds` looks at a document when it is loaded; a guard looks at the arguments of one call.
 """

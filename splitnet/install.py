@@ -63,15 +63,15 @@ def default_name(model: str) -> str:
 
 async def deploy_async(
     plan: Plan,
-    shards: Mapping[str, Shard | str | Path],
+    shards: Mapping[str, Shard | str | Path] | str | Path,
     *,
     name: str = "",
     on_progress: Callable[[Progress], None] | None = None,
     concurrency: int = 8,
 ) -> Deployed:
     """Ships each stage's shard to its node (only what is missing there, `concurrency` nodes at a time), then activates all nodes, the
-    ingress last. `shards` maps stage names to shards or their paths. Nothing is shipped before everything has been checked: BadPlan where plan and
-    shards do not belong together, NodeUnavailable naming every node that does not answer, AlreadyExists where the name is taken by another
+    ingress last. `shards` maps stage names to shards or their paths, or is a directory that holds one folder (or .zip) per stage.
+    Nothing is shipped before everything has been checked: BadPlan where plan and shards do not belong together, NodeUnavailable naming every node that does not answer, AlreadyExists where the name is taken by another
     plan, InsufficientMemory where a node has too little.
 
     When a node fails to activate, or this is cancelled, what was activated is unloaded again: there is no half deployment. Shipped
@@ -120,7 +120,7 @@ async def status_async(where: Cluster | Plan, *, timeout_s: float = 10.0) -> lis
 
 def deploy(
     plan: Plan,
-    shards: Mapping[str, Shard | str | Path],
+    shards: Mapping[str, Shard | str | Path] | str | Path,
     *,
     name: str = "",
     on_progress: Callable[[Progress], None] | None = None,

@@ -9,12 +9,29 @@ from splitnet.errors import AlreadyExists, BadPlan, InsufficientMemory, NodeUnav
 from splitnet.node_status import NodeStatus
 from splitnet.plan import Plan
 from splitnet.shard import Shard, open_shard
+from splitnet.stage_memory import stage_memory_bytes
 
-__all__ = ["check_nodes", "open_shards"]
+__all__ = ["check_nodes", "find_shards", "open_shards"]
 
 
-def open_shards(plan: Plan, shards: Mapping[str, Shard | str | Path]) -> dict[str, Shard]:
-    """Every stage's shard, checked against the plan. Raises BadPlan or BadShard."""
+def find_shards(plan: Plan, directory: str | Path) -> dict[str, str | Path]:
+    """In a directory, a folder or a packed file per stage. Raises BadPlan that names what is missing."""
+    found: dict[str, str | Path] = {}
+    for stage in plan.stages:
+        folder, packed = Path(directory) / stage.name, Path(directory) / f"{stage.name}.zip"
+        if not folder.is_dir() and not packed.is_file():
+            raise BadPlan(
+                f"no shard for stage {stage.name!r}: neither {str(folder)!r} nor {str(packed)!r} is there",
+                remedy="run `splitnet plan` again, which cuts the model, or say where the shards are (--shards)",
+            )
+        found[stage.name] = folder if folder.is_dir() else packed
+    return found
+
+
+def open_shards(plan: Plan, shards: Mapping[str, Shard | str | Path] | str | Path) -> dict[str, Shard]:
+    """Every stage's shard, checked against the plan; `shards` by stage, or a directory for `find_shards`. Raises BadPlan or BadShard."""
+    if isinstance(shards, str | Path):
+        shards = find_shards(plan, shards)
     names = [stage.name for stage in plan.stages]
     if missing := [stage for stage in names if stage not in shards]:
         raise BadPlan(f"there is no shard for stage {missing[0]!r}", remedy="cut the model: `splitnet plan` does it, and `partitioner.cut`")
@@ -66,7 +83,8 @@ def check_nodes(plan: Plan, name: str, shards: Mapping[str, Shard], statuses: Ma
                 remedy=f"choose another --name, or take that one off first: `splitnet unload {name}`",
             )
         manifests = [shards[stage.name].manifest for stage in plan.stages if stage.node == node]
-        needed = sum(manifest.param_bytes + manifest.activation_bytes for manifest in manifests)
+        received = {stage.name: sum(t.bytes for t in plan.transfers if t.target == stage.name) for stage in plan.stages}
+        needed = sum(stage_memory_bytes(m.param_bytes, m.activation_bytes, received[m.stage]) for m in manifests)
         free = status.memory_limit_bytes - status.memory_used_bytes
         if status.memory_limit_bytes and held is None and needed > free:
             raise InsufficientMemory(

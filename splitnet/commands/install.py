@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import click
 
 from splitnet.cluster import Cluster
-from splitnet.errors import BadPlan
 from splitnet.plan import Plan
 
 if TYPE_CHECKING:
@@ -47,9 +46,8 @@ def deploy(plan: Path, name: str, shards: Path | None, as_json: bool) -> None:
     from splitnet.install import deploy as install
 
     loaded = Plan.load(plan)
-    found = _find_shards(loaded, shards or plan.with_suffix(".shards"))
     with _progress() as on_progress:
-        deployed = install(loaded, found, name=name, on_progress=on_progress)
+        deployed = install(loaded, shards or plan.with_suffix(".shards"), name=name, on_progress=on_progress)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(deployed), indent=1, sort_keys=True))
         return
@@ -111,20 +109,6 @@ def unload(name: str, where: Path, drain_s: float, delete_blobs: bool, as_json: 
     click.echo(json.dumps({"name": name, "nodes": nodes}) if as_json else f"unloaded {name!r} from {', '.join(nodes)}")
 
 
-def _find_shards(plan: Plan, directory: Path) -> dict[str, str | Path]:
-    """A folder or a packed file per stage. Raises BadPlan that names what is missing."""
-    found: dict[str, str | Path] = {}
-    for stage in plan.stages:
-        folder, packed = directory / stage.name, directory / f"{stage.name}.zip"
-        if not folder.is_dir() and not packed.is_file():
-            raise BadPlan(
-                f"no shard for stage {stage.name!r}: neither {str(folder)!r} nor {str(packed)!r} is there",
-                remedy="run `splitnet plan` again, which cuts the model, or say with --shards where the shards are",
-            )
-        found[stage.name] = folder if folder.is_dir() else packed
-    return found
-
-
 def _nodes(path: Path) -> Cluster | Plan:
     """A plan knows its nodes as a cluster does."""
     return Plan.load(path) if path.suffix == ".json" else Cluster.load(path)
@@ -147,7 +131,9 @@ def _progress() -> Iterator[Callable[[Progress], None] | None]:
 
 
 def _show(nodes: Sequence[NodeStatus]) -> None:
-    rows: list[Sequence[str]] = [("node", "address", "device", "memory", "deployment", "stage", "requests", "failed", "in flight", "link to", "sent")]
+    rows: list[Sequence[str]] = [
+        ("node", "address", "device", "memory", "deployment", "stage", "requests", "failed", "in flight", "link to", "sent")
+    ]
     for node in nodes:
         if node.error:
             rows.append((node.name, node.address, "-", "-", "does not answer", *[""] * 6))

@@ -153,7 +153,9 @@ async def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
 
 def start(*flags: str) -> subprocess.CompletedProcess[str]:
     """`splitnet node` with flags that must not let it start."""
-    return subprocess.run([sys.executable, "-m", "nodes", *flags], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    command = [sys.executable, "-m", "nodes", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False, env=environment)
 
 
 def test_a_port_in_use(tmp_path: Path) -> None:
@@ -163,6 +165,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
     assert ended.returncode == 2
     assert f"cannot listen on {address}" in ended.stderr
     assert "--listen" in ended.stderr
+    assert ended.stderr.startswith("error: cannot listen"), "gRPC has its own say before"
     assert "Traceback" not in ended.stderr
 
 
