@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from partitioner.benching import bench
     from partitioner.capturing import capture
+    from partitioner.crossing import crossing_bytes
     from partitioner.cutting import cut
     from partitioner.graph import ModelGraph
-    from partitioner.layout import Layout, crossing_bytes, lay_out
+    from partitioner.layout import Layout, lay_out
     from partitioner.planning import plan
     from partitioner.profiling import Profile, profile
     from partitioner.solvers import solve
@@ -51,7 +52,7 @@ _HOMES = {
     "Vertex": "structure",
     "bench": "benching",
     "capture": "capturing",
-    "crossing_bytes": "layout",
+    "crossing_bytes": "crossing",
     "cut": "cutting",
     "lay_out": "layout",
     "load_model": "sources",

@@ -12,7 +12,8 @@ import numpy as np
 
 from partitioner.constants import codec_figures, machines
 from partitioner.cost import CodecFigures, Machine, Overhead
-from partitioner.layout import crossing_bytes, lay_out, lay_out_again
+from partitioner.crossing import crossing_bytes
+from partitioner.layout import lay_out, lay_out_again
 from partitioner.profiling import Profile
 from partitioner.solvers.bound import Instance, bottleneck_bound, latency_bound
 from partitioner.solvers.constraints import Constraints, Operator

@@ -50,7 +50,7 @@ def quiet_torch() -> Iterator[None]:
     for handler in handlers:
         handler.addFilter(keep)
     try:
-        with redirect_stderr(_Elsewhere(sys.stderr, me)):  # type: ignore[type-var]
+        with redirect_stderr(_Elsewhere(sys.stderr, me)):
             yield
     finally:
         for handler in handlers:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from partitioner.layout import crossing_bytes, lay_out
+from partitioner.crossing import crossing_bytes
+from partitioner.layout import lay_out
 from partitioner.recompute import choose, data_inputs
 from partitioner.sizes import find_sources
 from partitioner.structure import Structure, Vertex
