@@ -24,6 +24,8 @@ from splitnet.tensors import TensorSpec
 
 __all__ = ["Installer"]
 
+_VALUE_SHARE = 4  # what a stage may make for itself may be that much larger than what it may receive
+
 
 class Installer:
     """One thing at a time: what a deployment reserves is decided before the next one is looked at."""
@@ -99,7 +101,13 @@ class Installer:
         self._check_memory(name, reserved)
         engines: dict[str, Engine] = {}
         for spec in specs:
-            load = functools.partial(load_engine, found[spec.name], threads=self._config.threads, engine=self._config.engine)
+            load = functools.partial(
+                load_engine,
+                found[spec.name],
+                threads=self._config.threads,
+                engine=self._config.engine,
+                max_value_bytes=_VALUE_SHARE * self._config.max_tensor_bytes,
+            )
             try:
                 engines[spec.name] = await self._compute.call(load)
             except SplitnetError as error:

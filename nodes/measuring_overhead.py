@@ -136,7 +136,7 @@ class _Nothing:
     name: ClassVar[str] = "nothing"
 
     @classmethod
-    def load(cls, shard: Shard, *, threads: int) -> Self:
+    def load(cls, shard: Shard, *, threads: int, max_value_bytes: int) -> Self:
         raise NotImplementedError("this engine has no shards")
 
     def __init__(self, output: str) -> None:

@@ -15,6 +15,7 @@ from splitnet.errors import BadShard, EngineFailure
 from splitnet.graph import Device, Dtype, GraphDocument, Layout, MemoryFormat, Operator, Ref, Weight, references
 from splitnet.guards import check_kinds, guarded, numbers_only
 from splitnet.operators import is_allowed
+from splitnet.output_sizes import MAX_VALUE_BYTES, sized
 
 __all__ = ["Program"]
 
@@ -65,8 +66,11 @@ class _Step(NamedTuple):
 class Program:
     """A document made ready to run. It holds the weights that it uses, and no activation between runs."""
 
-    def __init__(self, document: GraphDocument, torch: Any, weights: Mapping[str, Any], device: str = "cpu") -> None:
-        """Raises BadShard for an operator that this torch does not have."""
+    def __init__(
+        self, document: GraphDocument, torch: Any, weights: Mapping[str, Any], device: str = "cpu", max_value_bytes: int = MAX_VALUE_BYTES
+    ) -> None:
+        """`max_value_bytes`: see `splitnet.output_sizes`. Raises BadShard for an operator that this torch does not have."""
+        self._max_value_bytes = max_value_bytes
         self._torch = torch
         self._device = torch.device(device)
         self._weights = weights
@@ -190,7 +194,7 @@ class Program:
             case Device():
                 return self._device
             case GraphDocument():
-                return Program(argument, self._torch, {}, str(self._device))
+                return Program(argument, self._torch, {}, str(self._device), self._max_value_bytes)
             case tuple():
                 return [self._constant(item) for item in argument]
         return argument
@@ -216,7 +220,7 @@ class Program:
                 remedy="install on this node the version of torch that cut the model",
             ) from None
         check_kinds(op, torch_operator._schema)
-        return guarded(name, found)
+        return sized(name, guarded(name, found), torch_operator._schema, self._torch, self._max_value_bytes)
 
 
 def _failure(op: Operator, error: Exception) -> EngineFailure:

@@ -24,9 +24,10 @@ class Engine(Protocol):
     name: ClassVar[str]  #: as it stands in a shard's manifest
 
     @classmethod
-    def load(cls, shard: Shard, *, threads: int) -> Self:
-        """Reads graph and weights, with that many intra-op threads from now on in this thread. Raises BadShard where the shard
-        does not hold together or holds an operator that is not allowed."""
+    def load(cls, shard: Shard, *, threads: int, max_value_bytes: int) -> Self:
+        """Reads graph and weights, with that many intra-op threads from now on in this thread. `max_value_bytes`: what one value may
+        take that the graph makes of sizes alone. Raises BadShard where the shard does not hold together or holds an operator that is
+        not allowed."""
         ...
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ import torch
 from splitnet.errors import BadInput, BadShard
 from splitnet.graph import GraphDocument, Operator, WeightSpec, parse
 from splitnet.interpreter import Program
+from splitnet.output_sizes import MAX_VALUE_BYTES
 from splitnet.shard import Shard
 
 __all__ = ["TorchGraphEngine", "to_array", "to_tensor"]
@@ -27,14 +28,14 @@ class TorchGraphEngine:
 
     name: ClassVar[str] = "torch-graph"
 
-    def __init__(self, document: GraphDocument, weights: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, document: GraphDocument, weights: Mapping[str, torch.Tensor], max_value_bytes: int = MAX_VALUE_BYTES) -> None:
         self._inputs = document.inputs
         self._outputs = document.outputs
         self._memory_bytes = sum(w.nbytes for w in weights.values())
-        self._program = Program(document, torch, weights)
+        self._program = Program(document, torch, weights, max_value_bytes=max_value_bytes)
 
     @classmethod
-    def load(cls, shard: Shard, *, threads: int, made_up: bool = False) -> Self:
+    def load(cls, shard: Shard, *, threads: int, made_up: bool = False, max_value_bytes: int = MAX_VALUE_BYTES) -> Self:
         torch.set_num_threads(threads)
         document = parse(shard.member("graph.json").read_bytes())
         for what, listed, there in (
@@ -43,7 +44,7 @@ class TorchGraphEngine:
         ):
             if sorted(spec.name for spec in listed) != sorted(there):
                 raise BadShard(f"{shard.path}: the manifest's {what}s are not the graph's", remedy="cut the model again")
-        return cls(document, _load_weights(shard, document.weights, made_up))
+        return cls(document, _load_weights(shard, document.weights, made_up), max_value_bytes)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return self._run(inputs, None)

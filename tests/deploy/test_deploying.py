@@ -84,6 +84,10 @@ def test_several_stages_of_one_node_and_packed_shards(make_chain: MakeChain, tmp
             ["stage0", "stage2", "stage4"],
             ["stage1", "stage3"],
         ]
+        assert not any(splitnet.deploy(plan, tmp_path).sent_bytes.values()), "a directory that holds one file per stage"
+        (tmp_path / "stage3.zip").unlink()
+        with pytest.raises(BadPlan, match="no shard for stage 'stage3'"):
+            splitnet.deploy(plan, str(tmp_path))
 
 
 async def test_from_within_an_event_loop(make_chain: MakeChain) -> None:
