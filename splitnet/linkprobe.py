@@ -67,8 +67,8 @@ async def measure_link(stub: Any, budget_s: float = 2.0) -> LinkMeasurement:
             samples.append(await _ping(call))
         sizes: list[int] = []
         for size in _SIZES_BYTES:
-            if _expected_s(samples, size) > budget_s / 2 - (time.perf_counter() - start):
-                break
+            if sizes and _expected_s(samples, size) > budget_s / 2 - (time.perf_counter() - start):
+                break  # never before the smallest: pings alone tell no bandwidth, however far away the peer is
             samples.append(await _exchange(call, size))
             sizes.append(size)
         for _ in range(_MOST_ROUNDS):

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import partitioner
 import splitnet
-from partitioner.bandwidth import survey
+from partitioner.bandwidth import probe
 from partitioner.benching import BenchReport
 from partitioner.profiling import Profile
-from splitnet import background
-from splitnet.cluster import Cluster
+from partitioner.profiling_nodes import Options
+from splitnet.cluster import Cluster, ClusterNode
 from splitnet.explain import seconds_text
 from splitnet.plan import Plan
 from testbed.bed import Testbed
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Outcome", "Subject", "probed"]
 
-_MEASURING_S = 4.0  # for requests one by one, and again for as many at once
 _FEWEST, _MOST = 5, 60
 
 
@@ -71,11 +70,28 @@ class Outcome:
 
 
 def probed(bed: Testbed, budget_s: float = 1.0) -> Cluster:
-    """The cluster as the nodes measure it. A node with a share of its own counts as a machine of its own: nobody else uses that share."""
-    cluster = background.run(survey([bed.addresses[name] for name in bed.spec.names], budget_s=budget_s)).cluster
-    own = {node.name for node in bed.spec.nodes if bed.has_share(node.name)}
-    nodes = (dataclasses.replace(node, machine=f"{node.machine}/{node.name}") if node.name in own else node for node in cluster.nodes)
+    """The cluster as the nodes measure it. A node with a share of its own counts as a machine of its own: nobody else uses that share.
+
+    What a node spends besides computing is measured in pieces of a millisecond, which a quota lets through at full speed; request after
+    request it pays for them out of its share like for everything else, so these figures are divided by the share."""
+    cluster = probe([bed.addresses[name] for name in bed.spec.names], budget_s=budget_s)
+    share = {node.name: min(node.cpu, 1.0) for node in bed.spec.nodes if bed.has_share(node.name)}
+    nodes = (_slowed(node, share[node.name]) if node.name in share else node for node in cluster.nodes)
     return dataclasses.replace(cluster, nodes=tuple(nodes))
+
+
+def _slowed(node: ClusterNode, share: float) -> ClusterNode:
+    return dataclasses.replace(
+        node,
+        machine=f"{node.machine}/{node.name}",
+        stage_s=node.stage_s / share,
+        message_s=node.message_s / share,
+        request_s=node.request_s / share,
+        codecs=tuple(
+            dataclasses.replace(c, encode_bytes_per_s=c.encode_bytes_per_s * share, decode_bytes_per_s=c.decode_bytes_per_s * share)
+            for c in node.codecs
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -87,9 +103,10 @@ class Subject:
     profile: Profile
 
     @classmethod
-    def measure(cls, bed: Testbed, model: ModelGraph, cluster: Cluster) -> Subject:
+    def measure(cls, bed: Testbed, model: ModelGraph, cluster: Cluster, budget_s: float = 5.0) -> Subject:
+        """`budget_s` for each kind of node."""
         with bed.free_for_clients():
-            return cls(bed, model, partitioner.profile(model, cluster=cluster))
+            return cls(bed, model, partitioner.profile(model, cluster=cluster, options=Options(budget_s=budget_s)))
 
     def alone(self, cluster: Cluster, node: str) -> Plan:
         """The plan that runs everything on one node."""
@@ -112,12 +129,13 @@ class Subject:
         finally:
             splitnet.undeploy(plan, name)
 
-    def outcome(self, plan: Plan, *, extra_latency_s: float = 0.0, extra_bottleneck_s: float = 0.0) -> Outcome:
-        """Serves the plan and measures it. `extra...`: what the client's own way to the ingress adds to the prediction."""
+    def outcome(self, plan: Plan, *, extra_latency_s: float = 0.0, extra_bottleneck_s: float = 0.0, budget_s: float = 4.0) -> Outcome:
+        """Serves the plan and measures it, for about `budget_s` with requests one by one, and again with many at once. `extra...`: what the
+        client's own way to the ingress adds to the prediction."""
         assert plan.prediction is not None
         latency_s = plan.prediction.latency_s + extra_latency_s
         bottleneck_s = max(1 / plan.prediction.throughput_per_s, extra_bottleneck_s)
-        requests = min(max(math.ceil(_MEASURING_S / max(latency_s, bottleneck_s)), _FEWEST), _MOST)
+        requests = min(max(math.ceil(budget_s / max(latency_s, bottleneck_s)), _FEWEST), _MOST)
         with self.deployed(plan) as served:
             report = partitioner.bench(served, deployment="testbed", requests=requests)
         return Outcome(served, report, latency_s, report.latency_p50_s, 1 / bottleneck_s, report.throughput_per_s)

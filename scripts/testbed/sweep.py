@@ -72,21 +72,22 @@ def sweep(
     bandwidths_bytes_per_s: Sequence[float],
     objective: str,
     say: Callable[[str], None] = lambda text: None,
+    budget_s: float = 4.0,
 ) -> Iterator[Point]:
     """Starts the testbed, profiles the model on its nodes once, and yields a point per bandwidth, in the given order.
 
     The client stands where the file says. Where that is a node, the input arises there: whoever else runs the first stage gets
-    it over that node's link, and the answer goes back over it, which counts in the prediction and is really done."""
+    it over that node's link, and the answer goes back over it, which counts in the prediction and is really done. `budget_s`: for each measurement of the profile and of a plan."""
     with Testbed(spec) as bed:
         for note in bed.notes:
             say(f"note: {note}")
-        subject = Subject.measure(bed, model, probed(bed))
+        subject = Subject.measure(bed, model, probed(bed, budget_s / 4), budget_s)
         for bandwidth in bandwidths_bytes_per_s:
             bed.reshape(spec.at_bandwidth(bandwidth))
-            yield _point(subject, probed(bed), bandwidth, objective)
+            yield _point(subject, probed(bed, budget_s / 4), bandwidth, objective, budget_s)
 
 
-def _point(subject: Subject, cluster: Cluster, bandwidth: float, objective: str) -> Point:
+def _point(subject: Subject, cluster: Cluster, bandwidth: float, objective: str, budget_s: float) -> Point:
     at = subject.bed.spec.client_at
     alone = [_option(subject, cluster, subject.alone(cluster, node.name)) for node in cluster.nodes]
     wishes = {"input_at": at} if at else {}
@@ -97,11 +98,12 @@ def _point(subject: Subject, cluster: Cluster, bandwidth: float, objective: str)
     least_s = chosen.predicted_s(objective)
     best_alone = min(alone, key=lambda option: option.predicted_s(objective))
     measured = [
-        _measured(subject, o) if o is chosen or o is best_alone or o.predicted_s(objective) < _HOPELESS * least_s else o for o in alone
+        _measured(subject, o, budget_s) if o is chosen or o is best_alone or o.predicted_s(objective) < _HOPELESS * least_s else o
+        for o in alone
     ]
     if chosen in alone:
         return Point(bandwidth, objective, measured[alone.index(chosen)], tuple(measured))
-    return Point(bandwidth, objective, _measured(subject, chosen), tuple(measured))
+    return Point(bandwidth, objective, _measured(subject, chosen, budget_s), tuple(measured))
 
 
 def _option(subject: Subject, cluster: Cluster, plan: Plan) -> Option:
@@ -122,10 +124,10 @@ def _option(subject: Subject, cluster: Cluster, plan: Plan) -> Option:
     return Option(plan, latency_s, bottleneck_s, sent)
 
 
-def _measured(subject: Subject, option: Option) -> Option:
+def _measured(subject: Subject, option: Option, budget_s: float) -> Option:
     assert option.plan.prediction is not None
     extra_s = option.latency_s - option.plan.prediction.latency_s
-    outcome = subject.outcome(option.plan, extra_latency_s=extra_s, extra_bottleneck_s=option.bottleneck_s)
+    outcome = subject.outcome(option.plan, extra_latency_s=extra_s, extra_bottleneck_s=option.bottleneck_s, budget_s=budget_s)
     return dataclasses.replace(option, outcome=outcome)
 
 
