@@ -66,7 +66,9 @@ def wish_options(command: _Command) -> _Command:
 
 def wishes(given: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments of `partitioner.plan`. Raises BadInput naming the option that is wrong."""
-    found: dict[str, Any] = {name: given[name] for name in ("stages", "max_stages", "input_at", "output_at", "max_accuracy_loss", "tolerance")}
+    found: dict[str, Any] = {
+        name: given[name] for name in ("stages", "max_stages", "input_at", "output_at", "max_accuracy_loss", "tolerance")
+    }
     found["at"], found["nodes"] = given["at"] or None, given["nodes"] or None
     found["pin"] = dict(_pair(text, "--pin", "PATTERN=NODE") for text in given["pin"])
     if len(found["pin"]) != len(set(given["pin"])):
@@ -122,4 +124,6 @@ def _read_figures(path: Path) -> dict[str, CodecFigures]:
     except OSError as error:
         raise BadInput(f"cannot read {str(path)!r}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, TypeError) as error:
-        raise BadInput(f"{path}: expected a table per codec with ratio, encode_bytes_per_s, decode_bytes_per_s and error: {error}") from None
+        raise BadInput(
+            f"{path}: expected a table per codec with ratio, encode_bytes_per_s, decode_bytes_per_s and error: {error}"
+        ) from None

@@ -38,9 +38,8 @@ class Bottleneck:
 
     def __init__(
         self, problem: ChainProblem, sizes: tuple[int, ...], allowed: range, *, spends: np.ndarray, units: int = 0, width: int | None = None,
-        value: Floats | None = None,
     ) -> None:  # fmt: skip
-        self.problem, self.sizes, self.allowed, self.width, self.value = problem, sizes, allowed, width, value
+        self.problem, self.sizes, self.allowed, self.width = problem, sizes, allowed, width
         self.kinds, self.length = len(problem.devices), problem.length
         self.firsts = 1
         self.errors, self.spends = units + 1, spends
@@ -104,7 +103,7 @@ class Bottleneck:
             if not np.isfinite(credit).any():
                 return None
             if self.width is not None and len(level.codes) > self.width:
-                rows = self._promising(level, credit)
+                rows = self._promising(level, credit, limit)
                 level, credit, self.dropped = level.keep(rows), credit[rows], True
             ended = np.stack([self._run(credit[:, k], k) for k in range(self.kinds)], axis=1)
             levels.append(_Filled(level, credit, ended))
@@ -112,12 +111,15 @@ class Bottleneck:
                 return self._trace(levels, end, limit)
         return None
 
-    def _promising(self, level: Level, credit: Floats) -> np.ndarray:
-        """The rows that have got furthest for what their devices are worth."""
-        assert self.value is not None and self.width is not None
+    def _promising(self, level: Level, credit: Floats, limit: float) -> np.ndarray:
+        """The rows that have got furthest for what their devices could have taken: a device takes the share of the model that its time and
+        its memory allow."""
+        problem = self.problem
+        progress = (problem.prefix / np.maximum(problem.prefix[:, -1:], 1e-30)).mean(axis=0)
+        share = np.minimum(limit / np.maximum(problem.prefix[:, -1], 1e-30), problem.limits / max(problem.memory[0, -1], 1.0))
         reached = np.isfinite(credit).any(axis=(1, 2, 3))
         furthest = np.where(reached, np.arange(self.length + 1), 0).max(axis=1)
-        worth = self.value[self.kinds :][furthest] - level.counts @ self.value[: self.kinds]
+        worth = progress[furthest] - level.counts @ np.minimum(share, 1.0)
         return np.sort(np.argsort(-worth, kind="stable")[: self.width])
 
     def _spare(self, ended: Floats, kind: int, limit: float) -> Floats:

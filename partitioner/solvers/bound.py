@@ -148,17 +148,39 @@ def bottleneck_bound(instance: Instance) -> float:
     divided). Weights and prices are improved by subgradient steps; every step's figure is a bound.
     """
     seconds = instance.possible
-    sizes = np.asarray(instance.sizes, dtype=np.float64)
     bounded = np.where(np.isfinite(seconds), seconds, 0.0)
     total = bounded.sum(axis=1)
     best = float(seconds.min(axis=0).max()) if seconds.size else 0.0
     if not total.min() > 0:
         return best
-    weights = 1.0 / total
-    weights /= (weights * sizes).sum()
+    return max([best, *(_ascended(instance, seconds, bounded, start) for start in _starts(instance, total))])
+
+
+def _starts(instance: Instance, total: Floats) -> list[tuple[Floats, Floats]]:
+    """Weights and prices to begin with: all devices equally busy; and what is exact for a model that is alike all along, where devices whose
+    memory is full first count by their memory, the others by their time."""
+    sizes, nothing = np.asarray(instance.sizes, dtype=np.float64), np.zeros(len(total))
+    alike = 1.0 / total
+    starts: list[tuple[Floats, Floats]] = [(alike / (alike * sizes).sum(), nothing)]
+    params = float(instance.param_bytes.sum())
+    if params and (instance.limits < params).any():
+        room = np.minimum(instance.limits / params, 1.0)  # the share of the model that one device holds
+        for limit in np.sort(room * total):
+            full = (room * total <= limit) & np.isfinite(instance.limits)  # memory without limit has no price
+            if full.all():
+                break
+            worth = 1.0 / (sizes / total)[~full].sum()
+            starts.append((np.where(full, 0.0, worth / total), np.where(full, worth / params, 0.0)))
+    return starts
+
+
+def _ascended(instance: Instance, seconds: Floats, bounded: Floats, start: tuple[Floats, Floats]) -> float:
+    """The best bound on the way of a few subgradient steps from `start`."""
+    weights, prices = start
+    sizes = np.asarray(instance.sizes, dtype=np.float64)
+    best = 0.0
     room = np.where(np.isfinite(instance.limits), instance.limits, 0.0)
     scarce = np.isfinite(instance.limits) & (instance.limits < instance.param_bytes.sum())
-    prices = np.zeros(len(sizes))
     columns = np.arange(seconds.shape[1])
     for step in range(_STEPS):
         priced = np.where(np.isfinite(seconds), weights[:, None] * bounded + prices[:, None] * instance.param_bytes, np.inf)
@@ -171,5 +193,7 @@ def bottleneck_bound(instance: Instance) -> float:
         if scarce.any():
             held = np.bincount(choice, weights=instance.param_bytes, minlength=len(sizes)) / sizes
             over = np.where(scarce, held - room, 0.0)
-            prices = np.maximum(prices + best / max(instance.param_bytes.sum(), 1.0) * 2.0 / (1 + step) ** 0.8 * over / max(np.abs(over).max(), 1.0), 0.0)
+            prices = np.maximum(
+                prices + best / max(instance.param_bytes.sum(), 1.0) * 2.0 / (1 + step) ** 0.8 * over / max(np.abs(over).max(), 1.0), 0.0
+            )
     return best

@@ -81,10 +81,7 @@ class _Chain:
 
     def least_bottleneck(self, bound_s: float) -> Answer:
         single = self._single(1)
-        table = Bottleneck(
-            self.problem, self.sizes, self.several, spends=self.spends, units=self.units, width=self.width,
-            value=self._worth() if self.width else None,
-        )  # fmt: skip
+        table = Bottleneck(self.problem, self.sizes, self.several, spends=self.spends, units=self.units, width=self.width)
         found, bound = table.solve(bound_s, single.value_s if single else math.inf)
         best = self.grouped.unfold(found) if found is not None else single
         if best is None:
@@ -128,16 +125,6 @@ class _Chain:
         """Seconds that the operators from each position on take at the least."""
         quickest = self.problem.seconds.min(axis=0)
         return np.concatenate([np.cumsum(quickest[::-1])[::-1], [0.0]])
-
-    def _worth(self) -> Floats:
-        """What one device of each kind is worth, then what the operators before each position are: both in shares of the busiest device's
-        time, by weights that make all kinds equally busy."""
-        total = self.problem.seconds.sum(axis=1)
-        weights = 1.0 / np.maximum(total, 1e-30)
-        scaled = (weights[:, None] * self.problem.seconds).min(axis=0)
-        capacity = float((weights * np.asarray(self.sizes)).sum())
-        pace = float(scaled.sum()) / capacity
-        return np.concatenate([weights * pace, [0.0], np.cumsum(scaled)])
 
     def _single(self, figure: int) -> Candidate | None:
         """The best single device; figure 0: by latency, 1: by bottleneck."""

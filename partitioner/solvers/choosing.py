@@ -120,7 +120,9 @@ def choose_plan(question: Question, goal: Objective) -> Chosen:
     if not costs.is_chain and question.positions is None:
         best, bound = _beyond_the_order(question, goal, scale, best, bound)
     if best is None:
-        raise scale.refused or why_no_plan(problem, [costs.names[i] for i in positions[:-1]], question.stages, question.wishes.max_accuracy_loss)
+        raise scale.refused or why_no_plan(
+            problem, [costs.names[i] for i in positions[:-1]], question.stages, question.wishes.max_accuracy_loss
+        )
     proven = min(bound, best.cost.objective_s(goal))
     best = fewest_bytes(scale, best, question.tolerance)
     return Chosen(goal, best, proven, busiest, alternatives(scale, question.problem((0, count)), (0, count)))
@@ -138,7 +140,13 @@ def _positions(question: Question, goal: Objective) -> tuple[tuple[int, ...], bo
     known = min(alone, default=math.inf) if 1 in question.stages else math.inf
     most = MAX_POSITIONS if costs.is_chain else _FEWER
     return narrowed(
-        costs.cut_bytes, costs.seconds.mean(axis=0), range(1, count), most, known_s=known, bandwidth=question.arrays[0], codecs=question.codecs
+        costs.cut_bytes,
+        costs.seconds.mean(axis=0),
+        range(1, count),
+        most,
+        known_s=known,
+        bandwidth=question.arrays[0],
+        codecs=question.codecs,
     )
 
 
@@ -159,9 +167,7 @@ def _beyond_the_order(
         tiers = two_tiers(costs, whole_problem, ingress=ingress)
         for placement in tiers.placements:
             better(scale.weigh(placement))
-        alone = [
-            a.latency_s for a in alternatives(scale, question.problem((0, len(costs.operators))), (0, len(costs.operators))) if a.fits
-        ]
+        alone = [a.latency_s for a in alternatives(scale, question.problem((0, len(costs.operators))), (0, len(costs.operators))) if a.fits]
         if tiers.proven:
             bound = max(bound, min([tiers.bound_s, *alone]))
     if best is not None and len(costs.operators) <= _MAX_REFINED_OPERATORS:
@@ -193,5 +199,3 @@ def pipeline_depth(realised: Realised, cost: Cost, limits: Mapping[str, float], 
         for node, size in received.items() if size and math.isfinite(limits[node])
     ]  # fmt: skip
     return int(max(1, min([wanted, 1024, *room])))
-
-

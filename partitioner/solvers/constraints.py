@@ -83,7 +83,9 @@ def matching(pattern: str, operators: Sequence[Operator]) -> list[int]:
     found = found or [i for i, o in enumerate(operators) if fnmatchcase(o.name, pattern) or fnmatchcase(o.scope, pattern)]
     if not found:
         close = sorted({text for o in operators for text in (o.name, o.scope) if text and pattern.strip("*?") in text}, key=len)[:3]
-        raise BadInput(f"no operator {pattern!r} in the model, and no module of that name", remedy=f"did you mean {', '.join(close)}?" if close else "")
+        raise BadInput(
+            f"no operator {pattern!r} in the model, and no module of that name", remedy=f"did you mean {', '.join(close)}?" if close else ""
+        )
     return found
 
 
@@ -116,9 +118,9 @@ def allowed_operators(wishes: Constraints, devices: Sequence[str], operators: Se
     if wishes.private:
         node, first = wishes.private
         only(_first(first, operators), node, f"the first layers are private to {node!r}")
-    for i in np.flatnonzero(~allowed.any(axis=0)):
+    for i in map(int, np.flatnonzero(~allowed.any(axis=0))):
         raise NoPlan(
-            f"no node may run operator {operators[i].name!r}: {'; '.join(why[int(i)])}",
+            f"no node may run operator {operators[i].name!r}: {'; '.join(why[i])}",
             remedy="take back one of these wishes",
         )
     return None if allowed.all() else allowed

@@ -29,7 +29,8 @@ def why_no_plan(problem: ChainProblem, operators: Sequence[str], stages: range |
         )
     if len(problem.devices) > _MANY:
         allowed = range(min(allowed), max(min(allowed) + 1, min(max(allowed), _MOST_STAGES) + 1))
-    pairs = np.isfinite(problem.latency)[:, :, None] & problem.codecs.permitted.any(axis=0)[:, :, None] | (problem.cut_bytes == 0)
+    connected: np.ndarray = np.isfinite(problem.latency) & problem.codecs.permitted.any(axis=0)
+    pairs = connected[:, :, None] | (problem.cut_bytes == 0)
     back = np.isfinite(problem.latency) | (problem.return_bytes == 0)
     joined = _arrange(problem, pairs, back, allowed, 0.0)
     if joined is not None:

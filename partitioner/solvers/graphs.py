@@ -142,7 +142,11 @@ class _Case:
         share = {name: taken[1] for name, taken in wishes.taken.items()}
         slow = np.array([1.0 / (1.0 - share.get(name, 0.0)) for name in names])
         costs = replace(costs, seconds=costs.seconds * slow[:, None])
-        overheads = {n: Overhead(*(f * slow[k] for f in (o.stage_s, o.message_s, o.request_s))) for k, n in enumerate(names) if (o := self.overheads.get(n))}
+        overheads = {
+            n: Overhead(*(f * slow[k] for f in (o.stage_s, o.message_s, o.request_s)))
+            for k, n in enumerate(names)
+            if (o := self.overheads.get(n))
+        }
         figures = shared(self.codecs, names, share)
         fixed = None
         if at is not None:
@@ -169,9 +173,7 @@ class _Case:
 
 def overhead_arrays(names: Sequence[str], overheads: Mapping[str, Overhead]) -> Overheads:
     rows = [overheads.get(name, Overhead()) for name in names]
-    return Overheads(
-        np.array([r.stage_s for r in rows]), np.array([r.message_s for r in rows]), np.array([r.request_s for r in rows])
-    )
+    return Overheads(np.array([r.stage_s for r in rows]), np.array([r.message_s for r in rows]), np.array([r.request_s for r in rows]))
 
 
 def shared(codecs: Mapping[str, CodecFigures], devices: Sequence[str], share: Mapping[str, float]) -> Mapping[str, CodecFigures]:

@@ -68,7 +68,14 @@ def count_ideals(costs: GraphCosts, most: int = MAX_IDEALS) -> list[int] | None:
 
 
 def search(
-    costs: GraphCosts, problem: ChainProblem, objective: Objective, stages: range, known_s: float, *, ingress: int = -1, effort: int = _EFFORT
+    costs: GraphCosts,
+    problem: ChainProblem,
+    objective: Objective,
+    stages: range,
+    known_s: float,
+    *,
+    ingress: int = -1,
+    effort: int = _EFFORT,
 ) -> Found | None:
     """Looks for a plan below `known_s`; None where the graph has too many ideals. `problem` holds one operator per vertex; its order does not
     matter."""
@@ -277,7 +284,9 @@ class _Search:
             if ideal >> value.source & 1 and users & ~ideal
         )
         answers = tuple(
-            next((s[0] for s in state.stages if s[1] >> v.source & 1), -1) for v in self.costs.values if v.answer and v.bytes and ideal >> v.source & 1
+            next((s[0] for s in state.stages if s[1] >> v.source & 1), -1)
+            for v in self.costs.values
+            if v.answer and v.bytes and ideal >> v.source & 1
         )
         key = (state.ideal, frozenset(d for d, _ in state.stages), homes, answers, state.stages[0][0])
         needed = {device for _, device in homes} | set(answers)

@@ -41,7 +41,8 @@ def best_in_order(
         consider(answer.candidate)
         if not exact or best is None:
             for candidate in islice(
-                candidates(problem, scale.objective, stages=scale.stages, budget=scale.budget, limit_s=answer.candidate.value_s * _SLACK), _EXAMINED
+                candidates(problem, scale.objective, stages=scale.stages, budget=scale.budget, limit_s=answer.candidate.value_s * _SLACK),
+                _EXAMINED,
             ):
                 consider(candidate)
     return best, answer

@@ -146,7 +146,8 @@ class ChainProblem:
     def _back(self, speed: Floats) -> Floats:
         if not self.return_bytes:
             return np.zeros(len(self.devices))
-        return self.return_bytes / speed[0] + self.overheads.message_s * self.return_tensors
+        spent: Floats = self.return_bytes / speed[0] + self.overheads.message_s * self.return_tensors
+        return spent
 
     @functools.cached_property
     def back_wire_s(self) -> Floats:

@@ -61,7 +61,9 @@ def cut_in_two(
         return math.inf, frozenset()
     per_byte, per_tensor = float(each[usable].min()), float(message[first] + message[second])
     back = float(problem.latency[second, first]) if problem.return_bytes and not answers_stay else 0.0
-    back_per_byte = float(1 / codecs.encode[0, second] + 1 / (codecs.ratio[0] * problem.bandwidth[second, first]) + 1 / codecs.decode[0, first])
+    back_per_byte = float(
+        1 / codecs.encode[0, second] + 1 / (codecs.ratio[0] * problem.bandwidth[second, first]) + 1 / codecs.decode[0, first]
+    )
     on_second = costs.seconds[second].copy()
     stay = np.zeros(len(on_second), dtype=bool)
     for value in costs.values:

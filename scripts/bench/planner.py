@@ -102,7 +102,8 @@ def layers(
     rates = [[(rng.uniform(1e6, 1e8), rng.uniform(0, 0.01)) for _ in range(kinds)] for _ in range(kinds)]
     graph = networkx.DiGraph(name=f"{length} layers")
     for k in range(length):
-        work = [rng.uniform(0.5, 1.5) * 0.01 * speed for speed in speeds]
+        whole = rng.uniform(0.5, 1.5) * 0.01
+        work = [whole * speed * rng.uniform(0.9, 1.1) for speed in speeds]
         graph.add_node(k, seconds={n: work[i % kinds] for i, n in enumerate(names)}, param_bytes=10**6, activation_bytes=10**5)
         if k:
             graph.add_edge(k - 1, k, bytes=rng.randint(10**4, 10**6))

@@ -60,13 +60,19 @@ def coded(seed: int) -> tuple[networkx.DiGraph, dict[str, float], Links, dict[st
     codecs = {
         "raw": CodecFigures(1.0, 2.0 ** rng.randint(14, 18), 2.0 ** rng.randint(14, 18)),
         "half": CodecFigures(2.0, {n: 2.0 ** rng.randint(12, 16) for n in names}, 2.0 ** rng.randint(12, 16), error=0.25),
-        "tiny": CodecFigures(8.0, 2.0 ** rng.randint(11, 15), 2.0 ** rng.randint(11, 15), {f"op{k}": rng.choice([0.25, 0.5]) for k in range(length)}),
+        "tiny": CodecFigures(
+            8.0, 2.0 ** rng.randint(11, 15), 2.0 ** rng.randint(11, 15), {f"op{k}": rng.choice([0.25, 0.5]) for k in range(length)}
+        ),
     }
     return graph, devices, links, codecs, {("a", "b"): ["raw", "half"]} if rng.random() < 0.3 else {}
 
 
 def every_plan(
-    graph: networkx.DiGraph, devices: dict[str, float], links: Links, codecs: dict[str, CodecFigures], usable: dict[tuple[str, str], list[str]]
+    graph: networkx.DiGraph,
+    devices: dict[str, float],
+    links: Links,
+    codecs: dict[str, CodecFigures],
+    usable: dict[tuple[str, str], list[str]],
 ) -> Iterator[tuple[float, float, float]]:
     """(latency, bottleneck, loss), written down from the cost model."""
     length = len(graph)
@@ -101,7 +107,9 @@ def test_codecs_equal_brute_force(objective: str, budget: float | None) -> None:
     lossy = 0
     for seed in range(50):
         graph, devices, links, codecs, usable = coded(seed)
-        figures = [p[objective == "throughput"] for p in every_plan(graph, devices, links, codecs, usable) if budget is None or p[2] <= budget]
+        figures = [
+            p[objective == "throughput"] for p in every_plan(graph, devices, links, codecs, usable) if budget is None or p[2] <= budget
+        ]
         if not figures:
             with pytest.raises(NoPlan):
                 solve(graph, devices, links, objective, codecs, link_codecs=usable, max_accuracy_loss=budget)
@@ -192,7 +200,10 @@ def test_microbatches_trade_fixed_costs_for_overlap() -> None:
     [
         ({"pin": {"op9": "a"}}, "no operator 'op9'"),
         ({"pin": {"op1": "z"}}, "pin: there is no node 'z'"),
-        ({"pin": {"op1": "a", "encoder.layer.0": "b"}}, "no node may run operator 'op1': 'op1' is pinned to 'a'; 'encoder.layer.0' is pinned to 'b'"),
+        (
+            {"pin": {"op1": "a", "encoder.layer.0": "b"}},
+            "no node may run operator 'op1': 'op1' is pinned to 'a'; 'encoder.layer.0' is pinned to 'b'",
+        ),
         ({"pin": {"op1": "a"}, "forbid": ["a"]}, "pin asks for node 'a', which is forbidden"),
         ({"pin": {"op0": "a", "op2": "b", "op4": "a"}}, "cannot all hold: a node runs one stage"),
         ({"private": ("a", 2), "input_at": "b"}, "private keeps the raw input on 'a', but input_at asks for 'b'"),
