@@ -259,6 +259,8 @@ class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateTyp
     The receiving node sends back a greeting (an empty Frame, at once), and after that only a Failure for a frame whose ingress it
     cannot reach because it does not serve that deployment; all else that it has to say travels on its own Forward streams. Metadata
     of the call say who sends: splitnet-node and splitnet-address, as in the plan.
+    A node that stops tells each ingress with a Failure that names itself and no request; the ingress admits nothing new, and
+    sends a Cancel that names no request once nothing of the deployment is in flight any more. Then the node closes its streams.
     """
 
     Probe: _NodeProbeType
@@ -357,6 +359,8 @@ class NodeServicer(metaclass=abc.ABCMeta):
         The receiving node sends back a greeting (an empty Frame, at once), and after that only a Failure for a frame whose ingress it
         cannot reach because it does not serve that deployment; all else that it has to say travels on its own Forward streams. Metadata
         of the call say who sends: splitnet-node and splitnet-address, as in the plan.
+        A node that stops tells each ingress with a Failure that names itself and no request; the ingress admits nothing new, and
+        sends a Cancel that names no request once nothing of the deployment is in flight any more. Then the node closes its streams.
         """
 
     @abc.abstractmethod
