@@ -227,7 +227,10 @@ def _plain(*shape: int) -> Callable[[int], tuple[torch.Tensor, ...]]:
 Inputs = Callable[[int], Any]
 
 AWKWARD: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
-    "nested": (Nested, lambda b: {"x": torch.randn(b, 4), "more": {"left": torch.randn(b, 3), "rest": [torch.randn(b, 6), torch.randn(b)]}}),
+    "nested": (
+        Nested,
+        lambda b: {"x": torch.randn(b, 4), "more": {"left": torch.randn(b, 3), "rest": [torch.randn(b, 6), torch.randn(b)]}},
+    ),
     "shared": (Shared, lambda b: (torch.randint(0, 50, (b, 5)),)),
     "branches": (Branches, _plain(3, 8, 8)),
     "state": (State, _plain(5)),

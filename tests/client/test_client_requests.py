@@ -21,7 +21,7 @@ def ones(batch: int = 2) -> np.ndarray:
 
 async def until(condition: Any) -> None:
     async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 - the condition is in gRPC's threads
+        while not condition():
             await asyncio.sleep(0.005)
 
 

@@ -28,7 +28,7 @@ async def jittered(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 async def until(condition: Any) -> None:
     async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 - the condition is in gRPC's threads
+        while not condition():
             await asyncio.sleep(0.005)
 
 
