@@ -164,8 +164,6 @@ class _Search:
             seconds = self.seconds[above, device] - self.seconds[here, device]
             good = (seconds < self.known) & (self.params[above] - self.params[here] <= self.problem.limits[device])
             good &= self.barred[above, device] == self.barred[here, device]
-            if self.objective == "latency":
-                good &= seconds + min(state.figure, default=0.0) < self.known
             for k in np.flatnonzero(good):
                 found += self._with(state, int(above[k]), device, float(seconds[k]), used)
         return found

@@ -68,7 +68,7 @@ def brute_force(instances: int) -> None:
                     continue
                 found = plan(seed - 1, objective)
                 assert found.prediction is not None
-                worst, count = max(worst, abs(reached(found) / max(figure, 1e-9) - 1)), count + 1
+                worst, count = max(worst, abs(max(reached(found), 1e-9) / max(figure, 1e-9) - 1)), count + 1
                 proven += found.prediction.bound >= reached(found) * (1 - 1e-9)
             print(f"  {name}, {objective}: {count} instances, largest gap {worst:.1e}, proven optimal {proven}")
 
