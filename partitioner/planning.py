@@ -105,8 +105,11 @@ def plan(
     note = ""
     if thrifty.bytes < best.bytes:
         more = thrifty.cost.objective_s(goal) / reached - 1
-        note = f"of the plans within {tolerance:.3g} of the best, the one that sends least: {more:.1%} above it, {bytes_text(best.bytes - thrifty.bytes)} less"
-    return _plan(draft, thrifty, goal, min(bound, reached), note)
+        saved = bytes_text(best.bytes - thrifty.bytes)
+        note = f"of the plans within {tolerance:.1%} of the best, the one that sends least: {saved} less" + (
+            f", {more:.1%} slower" if more > 0 else ""
+        )
+    return _plan(draft, thrifty, goal, min(bound, reached, thrifty.cost.objective_s(goal)), note)
 
 
 def _manual(draft: Draft, goal: Objective, at: Sequence[str]) -> Plan:
