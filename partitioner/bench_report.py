@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from splitnet.documents import load_document
 from splitnet.errors import BadInput
 from splitnet.explain import bytes_text, seconds_text, table
 from splitnet.plan import Plan, Prediction
@@ -95,15 +96,7 @@ class BenchReport:
 
     @classmethod
     def load(cls, path: str | Path) -> BenchReport:
-        try:
-            text = Path(path).read_bytes()
-        except OSError as error:
-            raise BadInput(f"cannot read {str(path)!r}: {error.strerror}", remedy="make it with `splitnet bench PLAN -o FILE`") from None
-        try:
-            return cls.from_json(text)
-        except BadInput as error:
-            error.message = f"{path}: {error.message}"
-            raise
+        return load_document(path, cls.from_json, BadInput, what="", remedy="make it with `splitnet bench PLAN -o FILE`")
 
 
 def report_text(plan: Plan, report: BenchReport) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from partitioner.structure import Structure
 from splitnet import background
 from splitnet.cluster import Cluster, ClusterNode
+from splitnet.documents import load_document
 from splitnet.errors import BadInput, BadModel
 from splitnet.machine import processor_name
 from splitnet.reference_kernel import measure_reference
@@ -122,15 +123,7 @@ class Profile:
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
-        try:
-            text = Path(path).read_bytes()
-        except OSError as error:
-            raise BadModel(f"cannot read the profile {str(path)!r}: {error.strerror}", remedy="make one with `splitnet profile`") from None
-        try:
-            return cls.from_json(text)
-        except BadModel as error:
-            error.message = f"{path}: {error.message}"
-            raise
+        return load_document(path, cls.from_json, BadModel, what="the profile ", remedy="make one with `splitnet profile`")
 
 
 def profile(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from splitnet.documents import load_document
 from splitnet.errors import BadPlan
 from splitnet.tensors import TensorSpec
 
@@ -170,15 +171,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        try:
-            text = Path(path).read_bytes()
-        except OSError as error:
-            raise BadPlan(f"cannot read the plan {str(path)!r}: {error.strerror}", remedy="make one with `splitnet plan`") from None
-        try:
-            return cls.from_json(text)
-        except BadPlan as error:
-            error.message = f"{path}: {error.message}"
-            raise
+        return load_document(path, cls.from_json, BadPlan, what="the plan ", remedy="make one with `splitnet plan`")
 
     def explain(self) -> str:
         """The plan in words and figures, for people."""
