@@ -87,7 +87,8 @@ class _Sender:
         self.resumed = False
 
     async def run(self) -> None:
-        """One Load call, from the header to `complete`."""
+        """One Load call, from the header to its status. A call that is cancelled at `complete`, while the node still sends its status,
+        makes gRPC log an error over there."""
         with translated(self._address):
             load: Any = stub(self._channel).Load  # its type knows only the form that takes an iterator of requests
             call: _LoadCall = load(timeout=_CALL_S)
@@ -104,6 +105,8 @@ class _Sender:
                 if not reply.complete:
                     await self._send_rest(call)
                     await self._await_complete(call)
+                while await self._read(call) is not None:
+                    pass
             finally:
                 call.cancel()  # has no effect on a call that has ended
 
