@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from splitnet.codecs.base import Buffer, Codec
-from splitnet.codecs.lossless import ShuffleZstd
+from splitnet.codecs.cast import BFloat16, BFloat16Zstd, Float16, Float16Zstd
+from splitnet.codecs.groups import Int4, Int4Zstd, Int8, Int8Zstd
+from splitnet.codecs.lossless import ShuffleZstd, ZeroMask
 from splitnet.codecs.raw import Raw
 from splitnet.errors import BadInput
 
 __all__ = ["Buffer", "Codec", "codec_names", "get_codec"]
 
-_CODECS: dict[str, Codec] = {codec.name: codec for codec in (Raw(), ShuffleZstd())}
+_CODECS: dict[str, Codec] = {
+    codec.name: codec
+    for codec in (
+        Raw(), ShuffleZstd(), ZeroMask(), BFloat16(), BFloat16Zstd(), Float16(), Float16Zstd(),
+        Int8(), Int8Zstd(), Int4(), Int4Zstd(),
+    )
+}  # fmt: skip
 
 
-def codec_names() -> tuple[str, ...]:
-    return tuple(_CODECS)
+def codec_names(*, default: bool = False) -> tuple[str, ...]:
+    """All, or only those that may be chosen without a calibration."""
+    return tuple(name for name, codec in _CODECS.items() if codec.default or not default)
 
 
 def get_codec(name: str) -> Codec:

@@ -3,37 +3,53 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import zstandard
 
-from splitnet.codecs.base import Buffer
-from splitnet.errors import ProtocolError
+from splitnet.codecs import planes
+from splitnet.codecs.base import Buffer, Lossless
+from splitnet.codecs.sections import SectionReader, SectionWriter
 
-__all__ = ["ShuffleZstd"]
-
-_LEVEL = 1  # level 3 gains under 2% on activations and costs a third of the speed
+__all__ = ["ShuffleZstd", "ZeroMask"]
 
 
-class ShuffleZstd:
-    """Byte shuffle, then Zstandard: all first bytes of the elements, then all second bytes, and so on, so that the slowly varying
-    exponents stand together (the shuffle filter of HDF5 and Blosc; Zstandard is RFC 8878)."""
+class ShuffleZstd(Lossless):
+    """Byte planes, each through Zstandard's entropy coder; many exact zeros stand in a bitmask before (see `splitnet.codecs.planes`)."""
 
     name: ClassVar[str] = "zstd"
-    lossless: ClassVar[bool] = True
+    default: ClassVar[bool] = True
 
     def encode(self, chunk: np.ndarray) -> Buffer:
-        planes = chunk.view(np.uint8).reshape(-1, chunk.itemsize).T
-        return zstandard.ZstdCompressor(level=_LEVEL).compress(np.ascontiguousarray(planes).data)
+        writer = SectionWriter()
+        planes.pack(chunk, writer)
+        return writer.payload()
 
     def decode(self, payload: memoryview, out: np.ndarray) -> None:
-        try:
-            declared = zstandard.frame_content_size(payload)
-            if declared != out.nbytes:
-                raise ProtocolError(f"zstd chunk: the frame declares {declared} bytes, the tensor has room for {out.nbytes}")
-            planes = zstandard.ZstdDecompressor().decompress(payload, max_output_size=out.nbytes, allow_extra_data=False)
-        except zstandard.ZstdError as error:
-            raise ProtocolError(f"zstd chunk: {error}") from None
-        if len(planes) != out.nbytes:
-            raise ProtocolError(f"zstd chunk: expected {out.nbytes} bytes, got {len(planes)}")
-        elements = out.view(np.uint8).reshape(-1, out.itemsize)
-        for place, plane in enumerate(np.frombuffer(planes, np.uint8).reshape(out.itemsize, -1)):
-            elements[:, place] = plane  # plane by plane: five times as fast as one transposed copy
+        reader = SectionReader(self.name, payload)
+        planes.unpack(reader, out)
+        reader.end()
+
+
+class ZeroMask(Lossless):
+    """A bitmask of the exact zeros, then the other numbers as they are: for activations after ReLU on links too fast for an entropy
+    coder. -0.0 is not an exact zero. One byte (0: nothing but the bytes; 1: a mask), the mask, the numbers."""
+
+    name: ClassVar[str] = "mask"
+    default: ClassVar[bool] = True
+
+    def encode(self, chunk: np.ndarray) -> Buffer:
+        writer, bits = SectionWriter(), planes.bits_of(chunk)
+        count = int(np.count_nonzero(bits))
+        masked = (bits.size - count) * bits.itemsize > bits.size // 8 + 16
+        writer.byte(masked)
+        writer.add(planes.write_mask(bits, count, writer) if masked else bits, compress=False)
+        return writer.payload()
+
+    def decode(self, payload: memoryview, out: np.ndarray) -> None:
+        reader, bits = SectionReader(self.name, payload), planes.bits_of(out)
+        masked = reader.byte()
+        if masked > 1:
+            raise reader.wrong(f"a first byte of {masked}")
+        places = planes.read_mask(reader, bits.size) if masked else slice(None)
+        found = reader.take((bits.size if isinstance(places, slice) else places.size) * bits.itemsize).view(bits.dtype)
+        reader.end()
+        bits[:] = 0
+        bits[places] = found

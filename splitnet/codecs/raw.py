@@ -4,17 +4,17 @@ from typing import ClassVar
 
 import numpy as np
 
-from splitnet.codecs.base import Buffer
+from splitnet.codecs.base import Buffer, Lossless
 from splitnet.errors import ProtocolError
 
 __all__ = ["Raw"]
 
 
-class Raw:
+class Raw(Lossless):
     """The bytes as they are: no copy on the way out, one on the way in."""
 
     name: ClassVar[str] = "raw"
-    lossless: ClassVar[bool] = True
+    default: ClassVar[bool] = True
 
     def encode(self, chunk: np.ndarray) -> Buffer:
         return memoryview(chunk.view(np.uint8))

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from splitnet import wire
 from splitnet.codecs import Codec, codec_names, get_codec
+from splitnet.codecs.base import as_reals
 from splitnet.errors import BadInput, ProtocolError
+from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.tensors import DTYPES
 
 CODECS = [get_codec(name) for name in codec_names()]
@@ -78,6 +80,78 @@ def test_a_lossless_codec_keeps_every_bit(codec: Codec, dtype: str, data: st.Dat
     raw = np.frombuffer(data.draw(st.binary(min_size=count * item, max_size=count * item)), np.uint8)
     chunk = (raw & 1 if dtype == "bool" else raw).view(DTYPES[dtype])
     assert decoded(codec, codec.encode(chunk), chunk).tobytes() == chunk.tobytes()
+
+
+@st.composite
+def float_chunks(draw: st.DrawFn) -> np.ndarray:
+    """Floats with everything that a float may be, in runs, near one another and far apart."""
+    dtype = draw(st.sampled_from(["float64", "float32", "float16", "bfloat16", "complex64"]))
+    parts = []
+    for _ in range(draw(st.integers(1, 4))):
+        size = draw(st.integers(1, 150))
+        rng = np.random.default_rng(draw(st.integers(0, 99)))
+        scale = draw(st.sampled_from([0.0, 1e-320, 1e-44, 1e-39, 1e-7, 1.0, 300.0, 6e4, 3e38, 1e200]))
+        shape = draw(st.sampled_from(["normal", "relu", "one value", "few odd"]))
+        values = rng.standard_normal(size) if shape != "one value" else np.ones(size)
+        values = np.maximum(values, 0) if shape == "relu" else values
+        values *= scale
+        if shape == "few odd":
+            odd = draw(st.lists(st.sampled_from([np.nan, np.inf, -np.inf, -0.0, 1e300, 3.4e38, -65504.0, 5e-324]), min_size=1, max_size=5))
+            values[rng.integers(0, size, len(odd))] = odd
+        parts.append(values)
+    with np.errstate(all="ignore"):
+        chunk = np.concatenate(parts).astype(np.float32 if dtype in ("complex64", "bfloat16") else DTYPES[dtype])
+        return chunk.repeat(2).view(DTYPES[dtype]) if dtype == "complex64" else chunk.astype(DTYPES[dtype])
+
+
+@each_codec
+@given(chunk=float_chunks())
+@settings(max_examples=60, deadline=None)
+def test_the_error_bound_holds_and_what_is_not_finite_stays_so(codec: Codec, chunk: np.ndarray) -> None:
+    out = decoded(codec, codec.encode(chunk), chunk)
+    true, found = as_reals(chunk), as_reals(out)
+    assert true is not None
+    assert found is not None
+    bound = codec.error_bound(chunk)
+    assert bound.shape == true.shape
+    assert bound.dtype == np.float64
+    finite = np.isfinite(true)
+    np.testing.assert_array_equal(found[~finite].astype(np.float64), true[~finite].astype(np.float64))
+    error = np.abs(found[finite].astype(np.float64) - true[finite].astype(np.float64))
+    assert (error <= bound[finite]).all()
+    assert not bound[~finite].any()
+
+
+@each_codec
+@each_dtype
+def test_what_is_not_a_float_goes_without_loss(codec: Codec, dtype: str) -> None:
+    chunk = chunk_of(dtype, 1000)
+    if as_reals(chunk) is None:
+        assert decoded(codec, codec.encode(chunk), chunk).tobytes() == chunk.tobytes()
+        assert not codec.error_bound(chunk).any()
+
+
+@each_codec
+@each_dtype
+def test_tensors_of_any_layout_cross_the_wire(codec: Codec, dtype: str) -> None:
+    whole = chunk_of(dtype, 4 * 6 * 10).reshape(4, 6, 10)
+    for array in (
+        whole,
+        whole.transpose(2, 0, 1),
+        whole[:, ::2, ::3],
+        np.broadcast_to(whole[:, :1], (4, 5, 10)),
+        whole[:0],
+        whole[1, 2, 3],
+    ):
+        first, *rest = [(pb.TensorChunk.FromString(h.SerializeToString()), p) for h, p in wire.tensor_chunks("x", array, codec.name, 256)]
+        assembler = wire.TensorAssembler(first[0])
+        for head, payload in (first, *rest):
+            assembler.add(head, payload)
+        found = assembler.array()
+        assert found.shape == array.shape
+        assert found.dtype == array.dtype
+        if codec.lossless:
+            np.testing.assert_array_equal(found, array)
 
 
 @each_codec

@@ -1,0 +1,73 @@
+"""Bit-exact rearrangements that make floats compressible: the exact zeros in a bitmask, signs moved out of the exponents' way, bytes of
+equal place together (the shuffle filter of HDF5 and Blosc)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from splitnet.codecs.base import as_reals
+from splitnet.codecs.sections import SectionReader, SectionWriter
+
+__all__ = ["bits_of", "pack", "read_mask", "unpack", "write_mask"]
+
+_ZEROS_WORTH_A_MASK = 1 / 8  # the mask costs one bit per number; measured on activations after ReLU
+
+
+def bits_of(chunk: np.ndarray) -> np.ndarray:
+    """The chunk's numbers as unsigned integers of their size: a view. Both parts of complex ones."""
+    reals = as_reals(chunk)
+    numbers = chunk if reals is None else reals
+    return numbers.view(f"<u{numbers.itemsize}")
+
+
+def pack(chunk: np.ndarray, writer: SectionWriter) -> None:
+    """One byte (1: zeros stand in a mask), the mask, then the planes of the other numbers."""
+    bits = bits_of(chunk)
+    floats = as_reals(chunk) is not None
+    count = int(np.count_nonzero(bits)) if floats else bits.size
+    masked = bits.size - count > bits.size * _ZEROS_WORTH_A_MASK
+    writer.byte(masked)
+    if masked:
+        bits = write_mask(bits, count, writer)
+    if floats:
+        bits = bits << 1 | bits >> (8 * bits.itemsize - 1)  # the exponent fills the first byte alone
+    planes = np.empty((bits.itemsize, bits.size), np.uint8)
+    elements = bits.view(np.uint8).reshape(-1, bits.itemsize)
+    for place, plane in enumerate(planes):
+        np.copyto(plane, elements[:, place])
+        writer.add(plane, repeats=not floats)
+
+
+def unpack(reader: SectionReader, out: np.ndarray) -> None:
+    """The reverse of `pack`."""
+    bits = bits_of(out)
+    masked = reader.byte()
+    if masked > 1:
+        raise reader.wrong(f"a first byte of {masked}")
+    places = read_mask(reader, bits.size) if masked else None
+    found = bits if places is None else np.empty(places.size, bits.dtype)
+    elements = found.view(np.uint8).reshape(-1, found.itemsize)
+    for place in range(found.itemsize):
+        elements[:, place] = reader.take(found.size)  # plane by plane: five times as fast as one transposed copy
+    if as_reals(out) is not None:
+        np.copyto(found, found >> 1 | found << (8 * found.itemsize - 1))
+    if places is not None:
+        bits[:] = 0
+        bits[places] = found
+
+
+def write_mask(bits: np.ndarray, count: int, writer: SectionWriter) -> np.ndarray:
+    """Writes which of the numbers are not +0, and returns those `count`."""
+    mask = bits != 0
+    writer.number(count)
+    writer.add(np.packbits(mask, bitorder="little"), repeats=True)
+    return np.compress(mask, bits)
+
+
+def read_mask(reader: SectionReader, size: int) -> np.ndarray:
+    """The places of the numbers that are not zero, of `size`."""
+    count = reader.number(size)
+    places = np.flatnonzero(np.unpackbits(reader.take(-(-size // 8)), count=size, bitorder="little").view(bool))
+    if places.size != count:
+        raise reader.wrong(f"a mask of {places.size} numbers, {count} were declared")
+    return places
