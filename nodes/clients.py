@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
 from nodes.outbox import Outbox
-from nodes.requests import Request, RequestKey
 from splitnet.channel import to_failure
 from splitnet.errors import SplitnetError
 from splitnet.rpc.v1 import node_pb2 as pb
+
+if TYPE_CHECKING:
+    from nodes.calls import Call
 
 __all__ = ["ClientStream"]
 
@@ -16,25 +19,25 @@ _REFUSED = 4096  # requests whose remaining frames are ignored
 
 
 class ClientStream:
-    """`requests` by the id that the client chose; ids need to be unique on one stream only."""
+    """`calls` by the id that the client chose; ids need to be unique on one stream only."""
 
     def __init__(self) -> None:
         self.outbox = Outbox()
-        self.requests: dict[str, Request] = {}
+        self.calls: dict[str, Call] = {}
         self._refused: dict[str, None] = {}
         self._settled: asyncio.Event = asyncio.Event()
         self._settled.set()
 
-    def add(self, client_id: str, request: Request) -> None:
-        self.requests[client_id] = request
+    def add(self, client_id: str, call: Call) -> None:
+        self.calls[client_id] = call
         self._settled.clear()
 
     def remove(self, client_id: str, *, complete: bool) -> None:
         """`complete`: the client has sent all of the request; else what still comes of it is ignored."""
-        del self.requests[client_id]
+        del self.calls[client_id]
         if not complete:
             self._ignore(client_id)
-        if not self.requests:
+        if not self.calls:
             self._settled.set()
 
     def ignores(self, client_id: str, end: bool) -> bool:
@@ -50,9 +53,9 @@ class ClientStream:
         if not complete:
             self._ignore(client_id)
 
-    def fail(self, client_id: str, key: RequestKey, error: SplitnetError) -> None:
+    def fail(self, client_id: str, call: Call, error: SplitnetError) -> None:
         """Answers with a failure; what was not sent of the answer yet is forgotten."""
-        self.outbox.drop(key)
+        self.outbox.drop(call)
         self._send_failure(client_id, error)
 
     def _send_failure(self, client_id: str, error: SplitnetError) -> None:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from nodes.admission import Admission
 from nodes.engines.base import Engine
+from nodes.line import Line
 from nodes.link import Link
+from splitnet.batching import BatchAxes
 from splitnet.plan import CLIENT, NodeRef, Plan, StageSpec
 from splitnet.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from nodes.calls import Call
 
 __all__ = ["Deployment", "Route", "Stage"]
 
@@ -64,9 +70,18 @@ class Deployment:
         self.is_ingress = self.node == self.ingress
         self.inputs = {spec.name: spec for spec in self.plan.inputs}
         self.input_routes = routes(self.plan, CLIENT)
+        self.line: Line[Call] = Line(self.plan.batching)  # at the ingress
+        self.batch_axes: BatchAxes | None = self.plan.batch_axes  # None where requests are neither joined nor divided
+        self._waker: asyncio.TimerHandle | None = None
         self.outputs: dict[str, list[str]] = {}  # value -> the names under which the client gets it
         for output in self.plan.outputs:
             self.outputs.setdefault(output.value, []).append(output.spec.name)
+
+    def wake(self, timer: asyncio.TimerHandle) -> None:
+        """Keeps the one timer that looks at the line again."""
+        if self._waker is not None:
+            self._waker.cancel()
+        self._waker = timer
 
     @property
     def reserved_bytes(self) -> int:

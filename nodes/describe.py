@@ -65,10 +65,14 @@ class Describer:
             inputs=_specs(d.plan.inputs),
             outputs=_specs(output.spec for output in d.plan.outputs),
             max_in_flight=d.admission.limit,
-            in_flight=self._ledger.requests.count(d),
+            in_flight=self._ledger.in_flight(d),
             stages=[_stage(stage) for stage in d.stages.values()],
             model=d.plan.model,
             ingress_address=d.ingress.address,
+            max_batch=d.plan.batching.max_batch,
+            max_delay_s=d.plan.batching.max_delay_s,
+            microbatch=d.plan.batching.microbatch,
+            waiting=len(d.line),
         )
 
 

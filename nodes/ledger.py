@@ -1,4 +1,5 @@
-"""The requests on this node, and every way in which one ends: answered, failed, cancelled, out of time, or lost with a node."""
+"""The requests on this node, and every way in which one ends: answered, failed, cancelled, out of time, or lost with a node. What becomes of
+the clients' calls that a request carried is their ingress's business (`nodes.dispatch`)."""
 
 from __future__ import annotations
 
@@ -6,12 +7,13 @@ import asyncio
 from collections.abc import Callable
 
 from nodes.admission import Buffers
+from nodes.calls import Calls
 from nodes.config import NodeConfig
 from nodes.deployment import Deployment
 from nodes.link import Link
 from nodes.logs import Log
-from nodes.requests import Request, RequestKey, Requests
-from splitnet.errors import DeadlineExceeded, NodeUnavailable, SplitnetError, UserError
+from nodes.requests import Owner, Request, RequestKey, Requests
+from splitnet.errors import NodeUnavailable, SplitnetError, UserError
 from splitnet.plan import NodeRef
 
 __all__ = ["Ledger"]
@@ -28,32 +30,48 @@ class Ledger:
         self.deployments: dict[str, Deployment] = {}
         self.requests = Requests()
         self.buffers = Buffers(config.buffer_bytes)
+        self.calls = Calls(log, self.buffers, self._one_less)
         self.draining = False
         self._ended = asyncio.Event()
         self._senders: dict[NodeRef, object] = {}
 
-    def open(self, key: RequestKey, deployment: Deployment, timeout_s: float) -> Request:
-        """A new request; it ends at its deadline at the latest. `timeout_s`: 0 for the node's limit."""
+    def deadline(self, timeout_s: float) -> float:
+        """By the event loop's clock. `timeout_s`: 0 for the node's limit."""
         limit_s = self.config.request_s
-        request = Request(key, deployment, self.loop.time() + (min(timeout_s, limit_s) if timeout_s > 0 else limit_s), self.buffers)
+        return self.loop.time() + (min(timeout_s, limit_s) if timeout_s > 0 else limit_s)
+
+    def open(self, key: RequestKey, deployment: Deployment, deadline_s: float, owner: Owner | None = None) -> Request:
+        """A new request; it ends at its deadline at the latest, or (at its ingress) with the last call that it carries."""
+        request = Request(key, deployment, deadline_s, self.buffers)
         self.requests.add(request)
-        request.timer = self.loop.call_at(request.deadline_s, self._expired, request)
+        if owner is None:
+            request.timer = self.loop.call_at(deadline_s, self.end, request)  # the ingress notices by itself
+        else:
+            request.owner, request.awaited = owner, set(deployment.outputs)
         return request
 
-    def end(self, request: Request, service_s: float | None = None) -> None:
-        """Frees everything that the request holds here. `service_s`: how long its answer took, at the ingress."""
+    def end(self, request: Request, error: SplitnetError | None = None) -> None:
+        """Frees everything that the request holds here; its owner hears of it."""
         if not request.live:
             return
         request.end()
         self.requests.forget(request.key)
         for link in request.deployment.links.values():
             link.outbox.drop(request.key)
-        if request.answer is not None:
-            request.deployment.admission.leave(service_s)
-            request.answer.client.remove(request.answer.client_id, complete=request.answer.received)
+        if request.owner is not None:
+            request.owner.ended(request, error)
+        self._one_less(request.deployment)
+
+    def _one_less(self, deployment: Deployment) -> None:
         self._ended.set()
-        if request.deployment.stopping:
-            self._release_if_empty(request.deployment)
+        if deployment.stopping:
+            self._release_if_empty(deployment)
+
+    def in_flight(self, deployment: Deployment | None = None) -> int:
+        """Of one deployment, or of all: what clients wait for at their ingress, elsewhere what is under way."""
+        return self.calls.count(deployment) + sum(
+            request.owner is None and deployment in (None, request.deployment) for request in self.requests
+        )
 
     # ------------------------------------------------------------------------------------------------------ for one request
 
@@ -62,19 +80,15 @@ class Ledger:
         if not request.live:
             return
         error.at(node=request.deployment.node.name)
-        if request.answer is None:
+        if request.owner is None:
             self.report(request.deployment, request.key, error)
         else:
-            error.request = request.answer.client_id
-            self._log_failure(request.key, error)
-            request.answer.client.fail(request.answer.client_id, request.key, error)
             self._tell_others(request, error.message)
-        self.end(request)
+        self.end(request, error)
 
     def cancel(self, request: Request, reason: str) -> None:
-        """At the ingress: ends the request everywhere, and tells the client nothing."""
+        """At the ingress: ends the request everywhere."""
         if request.live:
-            self.log.info("request cancelled", request=request.key.request, deployment=request.key.deployment, reason=reason)
             self._tell_others(request, reason)
             self.end(request)
 
@@ -97,19 +111,6 @@ class Ledger:
         if request is not None:
             self.fail(request, error)
 
-    def _expired(self, request: Request) -> None:
-        if request.answer is None:
-            self.end(request)  # the ingress has noticed by itself
-            return
-        missing = ", ".join(sorted(request.answer.awaited)) if request.answer.received else "inputs"
-        self.fail(
-            request,
-            DeadlineExceeded(
-                f"the request's time ran out; still missing: {missing}",
-                remedy="give it more time, or see `splitnet status` for the slowest stage",
-            ),
-        )
-
     def _tell_others(self, request: Request, reason: str) -> None:
         for link in request.deployment.links.values():
             link.outbox.drop(request.key)
@@ -122,10 +123,10 @@ class Ledger:
     # -------------------------------------------------------------------------------------------------------- for all of them
 
     async def idle(self, timeout_s: float, deployment: Deployment | None = None) -> bool:
-        """Waits until no request (of that deployment) is live; False when the time runs out first."""
+        """Waits until nothing (of that deployment) is in flight; False when the time runs out first."""
         try:
             async with asyncio.timeout(timeout_s):
-                while self.requests.count(deployment):
+                while self.in_flight(deployment):
                     self._ended.clear()
                     await self._ended.wait()
         except TimeoutError:
@@ -134,10 +135,15 @@ class Ledger:
 
     def fail_all(self, deployment: Deployment | None, error: Callable[[], SplitnetError]) -> int:
         """Fails what is in flight (of that deployment); returns how many requests that were."""
-        requests = [request for request in self.requests if deployment is None or request.deployment is deployment]
+        calls = [call for call in self.calls if deployment in (None, call.deployment)]
+        for call in sorted(
+            calls, key=lambda call: len(call.requests)
+        ):  # those that wait first: or they would set out only to be turned back
+            self.calls.fail(call, error())
+        requests = [request for request in self.requests if deployment in (None, request.deployment)]
         for request in requests:
             self.fail(request, error())
-        return len(requests)
+        return len(calls) + len(requests)
 
     # -------------------------------------------------------------------------------------------------------- nodes that stop
 
@@ -165,7 +171,7 @@ class Ledger:
         """At the ingress: that node finishes what was admitted, and then goes."""
         known = self.deployments.get(deployment)
         if known is not None and known.is_ingress and node in known.links:
-            self.log.info("node stops", node=node, deployment=deployment, in_flight=self.requests.count(known))
+            self.log.info("node stops", node=node, deployment=deployment, in_flight=self.in_flight(known))
             known.stopping.add(node)
             self._release_if_empty(known)
 
@@ -174,7 +180,7 @@ class Ledger:
             known.released.set()
 
     def _release_if_empty(self, deployment: Deployment) -> None:
-        if not self.requests.count(deployment):
+        if not self.in_flight(deployment):
             for node in deployment.stopping:
                 deployment.links[node].send_released(deployment.name, deployment.ingress.name)
 
@@ -193,8 +199,6 @@ class Ledger:
             deployment = request.deployment
             if deployment.links.get(link.target.name) is not link:
                 continue
-            if request.answer is not None and not request.answer.awaited:
-                continue  # all of the answer is here
             if deployment.is_ingress or (link.target != deployment.ingress and request.key in may_be_lost):
                 self.fail(request, _gone(deployment, link.target, error))
             elif link.target == deployment.ingress:
@@ -233,7 +237,7 @@ class Ledger:
 
     def _drop_requests_of(self, ingress: NodeRef) -> None:
         for request in self.requests:
-            if request.answer is None and request.deployment.ingress == ingress:
+            if request.owner is None and request.deployment.ingress == ingress:
                 self.end(request)
 
 

@@ -1,7 +1,7 @@
 """A request's way through this node: receive -> decode -> run -> encode -> send.
 
 All of it happens in the event loop, except what an engine does (in the compute thread) and what a codec does with large chunks (in a
-small pool). A request belongs to its ingress (`nodes.ingress`): that node alone answers, fails and cancels it; the others report to
+small pool). A request belongs to its ingress (`nodes.dispatch`): that node alone answers, fails and cancels it; the others report to
 it, and drop what they are told to drop.
 """
 
@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,15 +19,12 @@ from nodes.compute import ComputeThread
 from nodes.deployment import Deployment, Route, Stage
 from nodes.ledger import Ledger
 from nodes.outbox import EncodedTensor, Parcel
-from nodes.requests import Request, RequestKey
+from nodes.requests import Holder, Request, RequestKey
 from splitnet.codecs import Buffer
 from splitnet.errors import EngineFailure, NodeUnavailable, NotFound, Overloaded, ProtocolError, SplitnetError
 from splitnet.plan import CLIENT
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.tensors import TensorSpec
-
-if TYPE_CHECKING:
-    from nodes.ingress import Ingress
 
 __all__ = ["Pipeline"]
 
@@ -38,8 +34,6 @@ _SPARE = 8
 
 class Pipeline:
     """What a request does on this node; how it ends stands in `nodes.ledger`."""
-
-    ingress: Ingress  #: set by it
 
     def __init__(self, ledger: Ledger, compute: ComputeThread, pool: Executor) -> None:
         self.pool = pool
@@ -82,12 +76,12 @@ class Pipeline:
         # The ingress keeps to max_in_flight; it may be ahead by what is already answered there and not yet put away here.
         if self._ledger.requests.count(deployment) >= 2 * deployment.admission.limit + _SPARE:
             raise Overloaded("more requests came from the ingress than max_in_flight allows", retry_after_s=0.1)
-        return self._ledger.open(key, deployment, timeout_s)
+        return self._ledger.open(key, deployment, self._ledger.deadline(timeout_s))
 
     def _awaited(self, request: Request, stage: str, name: str) -> TensorSpec | None:
         """What a tensor must look like; None for a part of the answer, which the stage that made it has checked."""
-        if stage == CLIENT and request.answer is not None:
-            if name not in request.answer.awaited:
+        if stage == CLIENT and request.owner is not None:
+            if name not in request.awaited:
                 raise ProtocolError(f"value {name!r} is not awaited for the answer", remedy="deploy the plan again")
             return None
         here = request.deployment.stages.get(stage)
@@ -102,7 +96,7 @@ class Pipeline:
 
     async def decode(
         self,
-        request: Request,
+        request: Holder,
         stage: str,
         spec: TensorSpec | None,
         chunk: pb.TensorChunk,
@@ -137,7 +131,8 @@ class Pipeline:
     def _arrive(self, request: Request, stage: str, name: str, array: np.ndarray) -> None:
         """A whole value is there, for a stage of this node or for the answer."""
         if stage == CLIENT:
-            self.ingress.answer(request, name, array)
+            assert request.owner is not None, "only the ingress is sent parts of the answer"
+            request.owner.take_output(request, name, array)
             return
         here = request.deployment.stages[stage]
         waiting = request.inputs.setdefault(stage, {})
@@ -226,5 +221,5 @@ class Pipeline:
                 request.hold(link.send(request.key, route.stage, request.deadline_s, encoded[route.codec], sent, failed), array.nbytes)
 
     def _close_if_done(self, request: Request) -> None:
-        if request.live and request.answer is None and request.done:
+        if request.live and request.owner is None and request.done:
             self._ledger.end(request)

@@ -1,25 +1,27 @@
-"""One request on one node: what has arrived of it, what it holds, when its time runs out."""
+"""One request on one node: what has arrived of it, what it holds, when its time runs out.
+
+A request is what goes through the pipeline under one key. What a client asked is a call (`nodes.calls`), which only the ingress knows:
+its rows may be spread over several requests, and one request may carry rows of several calls.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from nodes.admission import Buffers
-from splitnet.errors import ProtocolError
+from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.wire import TensorAssembler
 
 if TYPE_CHECKING:
-    from nodes.clients import ClientStream
     from nodes.deployment import Deployment
 
-__all__ = ["Answer", "Request", "RequestKey", "Requests"]
+__all__ = ["Holder", "Owner", "Request", "RequestKey", "Requests"]
 
 _REMEMBERED = 8192  # ended requests, whose late frames are ignored; a frame later than that opens a request that soon runs out of time
 
@@ -32,57 +34,18 @@ class RequestKey(NamedTuple):
     request: str
 
 
-@dataclass(slots=True)
-class Answer:
-    """What only the ingress knows of a request."""
+class Holder:
+    """What keeps tensors in this node's memory. `live` until it has ended; nothing is done for it afterwards."""
 
-    client: ClientStream
-    client_id: str  #: the id that the client chose
-    started_s: float
-    symbols: dict[str, int] = field(default_factory=dict)  #: sizes that the inputs agreed on
-    inputs: dict[str, np.ndarray] = field(default_factory=dict)
-    received: bool = False  #: the client has sent all of it
-    awaited: set[str] = field(default_factory=set)  #: values that make up the answer and have not arrived
+    __slots__ = ("_assemblers", "_buffers", "_held", "deadline_s", "deployment", "live")
 
-
-class Request:
-    """`live` until it is answered, failed or dropped; nothing is done for it afterwards."""
-
-    __slots__ = (
-        "_assemblers",
-        "_buffers",
-        "_held",
-        "answer",
-        "deadline_s",
-        "deployment",
-        "inputs",
-        "key",
-        "live",
-        "ran",
-        "running",
-        "timer",
-        "unsent",
-    )
-
-    def __init__(self, key: RequestKey, deployment: Deployment, deadline_s: float, buffers: Buffers) -> None:
-        self.key = key
+    def __init__(self, deployment: Deployment, deadline_s: float, buffers: Buffers) -> None:
         self.deployment = deployment
         self.deadline_s = deadline_s  # by the event loop's clock
         self.live = True
-        self.answer: Answer | None = None
-        self.inputs: dict[str, dict[str, np.ndarray]] = {}  # of stages on this node, until they run
-        self.ran: set[str] = set()  # stages of this node that have been started
-        self.running = 0  # those of them that have not finished
-        self.unsent = 0  # parcels
-        self.timer: asyncio.TimerHandle | None = None
         self._assemblers: dict[tuple[str, str], TensorAssembler] = {}
         self._buffers = buffers
         self._held: dict[Hashable, int] = {}
-
-    @property
-    def done(self) -> bool:
-        """Whether this node has nothing more to do for it (the ingress has, until it has answered)."""
-        return len(self.ran) == len(self.deployment.stages) and not (self.running or self.unsent)
 
     @property
     def arriving(self) -> int:
@@ -90,10 +53,10 @@ class Request:
         return len(self._assemblers)
 
     def hold(self, what: Hashable, size_bytes: int) -> None:
-        """Counts bytes that this request keeps in memory, until `free(what)` or the end. Raises Overloaded when the node has no room."""
+        """Counts bytes that are kept in memory, until `free(what)` or the end. Raises Overloaded when the node has no room."""
         if self.live:
             self._buffers.take(size_bytes)
-            self._held[what] = size_bytes
+            self._held[what] = self._held.get(what, 0) + size_bytes
 
     def free(self, what: Hashable) -> None:
         self._buffers.give_back(self._held.pop(what, 0))
@@ -117,15 +80,48 @@ class Request:
 
     def end(self) -> None:
         """Lets go of everything."""
-        if self.timer is not None:
-            self.timer.cancel()
         self.live = False
         self._buffers.give_back(sum(self._held.values()))
         self._held.clear()
         self._assemblers.clear()
+
+
+class Owner(Protocol):
+    """Who answers for a request, at its ingress."""
+
+    def take_output(self, request: Request, value: str, array: np.ndarray) -> None:
+        """A value that makes up a part of the answer has come. Raises SplitnetError."""
+        ...
+
+    def ended(self, request: Request, error: SplitnetError | None) -> None:
+        """It holds nothing any more. `error`: what it failed with. Without one it was answered, or nobody wanted it."""
+        ...
+
+
+class Request(Holder):
+    __slots__ = ("awaited", "inputs", "key", "owner", "ran", "running", "timer", "unsent")
+
+    def __init__(self, key: RequestKey, deployment: Deployment, deadline_s: float, buffers: Buffers) -> None:
+        super().__init__(deployment, deadline_s, buffers)
+        self.key = key
+        self.owner: Owner | None = None  # at the ingress
+        self.awaited: set[str] = set()  # at the ingress: values that make up the answer and have not arrived
+        self.inputs: dict[str, dict[str, np.ndarray]] = {}  # of stages on this node, until they run
+        self.ran: set[str] = set()  # stages of this node that have been started
+        self.running = 0  # those of them that have not finished
+        self.unsent = 0  # parcels
+        self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether this node has nothing more to do for it (the ingress has, until it is answered)."""
+        return len(self.ran) == len(self.deployment.stages) and not (self.running or self.unsent)
+
+    def end(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
         self.inputs.clear()
-        if self.answer is not None:
-            self.answer.inputs.clear()
+        super().end()
 
 
 class Requests:

@@ -93,7 +93,7 @@ class NodeServer:
         self.ledger.draining = True
         for service in ("", SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
-        self._log.info("draining", in_flight=self.ledger.requests.count(), at_most_s=self.config.drain_s)
+        self._log.info("draining", in_flight=self.ledger.in_flight(), at_most_s=self.config.drain_s)
         clock = asyncio.get_running_loop().time
         until_s = clock() + self.config.drain_s
         done = await self.ledger.leave(self.config.drain_s) and await self.ledger.idle(max(until_s - clock(), _LAST_BYTES_S))

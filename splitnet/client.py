@@ -22,7 +22,7 @@ import numpy as np
 from splitnet import channel
 from splitnet.deployment import Deployment, Inputs, as_arrays, choose
 from splitnet.errors import BadInput, DeadlineExceeded, Overloaded, SplitnetError
-from splitnet.exchange import Exchange
+from splitnet.exchange import HIGHEST_PRIORITY, Exchange
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.tensors import TensorSpec
 
@@ -60,17 +60,22 @@ class AsyncClient:
 
     # --------------------------------------------------------------------------------------------------------------- requests
 
-    async def infer(self, inputs: Inputs, *, timeout_s: float | None = None, retry: bool = False) -> dict[str, np.ndarray]:
+    async def infer(
+        self, inputs: Inputs, *, timeout_s: float | None = None, retry: bool = False, priority: int = 0
+    ) -> dict[str, np.ndarray]:
         """The model's outputs for these inputs, by name.
 
         `inputs` maps names to arrays (or lists, or torch tensors on the CPU); for a model with one input it may be the array alone.
         They are checked here before anything is sent. No dtype is converted. The arrays must not change until the call returns. The
-        outputs are yours to write to.
+        outputs are yours to write to. Where requests wait for the pipeline, a higher `priority` (0 to 9) goes first; those that have
+        waited long rise.
 
         Raises BadInput for inputs that do not fit, Overloaded when the pipeline is full (`retry=True`: waits as long as the node asks
         and tries again, within the timeout), DeadlineExceeded, NodeUnavailable, or what a stage failed with. Cancelling the call, or
         running out of time, tells the nodes to drop the request.
         """
+        if not 0 <= priority <= HIGHEST_PRIORITY:
+            raise BadInput(f"priority must be 0 (usual) to {HIGHEST_PRIORITY} (most urgent), got {priority}")
         limit_s = self.timeout_s if timeout_s is None else _positive(timeout_s)
         deadline = time.monotonic() + limit_s
         async with self._limit(limit_s):
@@ -79,7 +84,7 @@ class AsyncClient:
                 arrays = as_arrays(inputs, deployment.inputs, deployment.max_tensor_bytes)
                 outputs = [spec.name for spec in deployment.outputs]
                 try:
-                    return await exchange.ask(next(self._requests), deployment.name, arrays, outputs, deadline)
+                    return await exchange.ask(next(self._requests), deployment.name, arrays, outputs, deadline, priority)
                 except Overloaded as busy:
                     wait_s = busy.retry_after_s or _RETRY_S
                     if not retry or time.monotonic() + wait_s >= deadline:
@@ -87,7 +92,12 @@ class AsyncClient:
                 await asyncio.sleep(wait_s)
 
     async def stream(
-        self, batches: Iterable[Inputs] | AsyncIterable[Inputs], *, window: int | None = None, timeout_s: float | None = None
+        self,
+        batches: Iterable[Inputs] | AsyncIterable[Inputs],
+        *,
+        window: int | None = None,
+        timeout_s: float | None = None,
+        priority: int = 0,
     ) -> AsyncGenerator[dict[str, np.ndarray], None]:
         """The outputs for each of many inputs, in their order, with the pipeline kept full.
 
@@ -115,7 +125,9 @@ class AsyncClient:
                     if pull.exception() is not None:
                         under_way.append(pull)  # the caller's own error comes out at its place, too
                     elif more:
-                        under_way.append(asyncio.create_task(self.infer_batch(index, pull.result(), timeout_s=timeout_s)))
+                        under_way.append(
+                            asyncio.create_task(self.infer_batch(index, pull.result(), timeout_s=timeout_s, priority=priority))
+                        )
                     pull, index = None, index + 1
                 elif under_way and under_way[0].done():
                     yield under_way.popleft().result()
@@ -129,10 +141,10 @@ class AsyncClient:
         await self.connect()
         return min(wanted or self.max_in_flight, self.max_in_flight)
 
-    async def infer_batch(self, index: int, inputs: Inputs, *, timeout_s: float | None = None) -> dict[str, np.ndarray]:
+    async def infer_batch(self, index: int, inputs: Inputs, *, timeout_s: float | None = None, priority: int = 0) -> dict[str, np.ndarray]:
         """One batch of a stream: `infer` that waits where the pipeline is full and says which batch failed."""
         try:
-            return await self.infer(inputs, timeout_s=timeout_s, retry=True)
+            return await self.infer(inputs, timeout_s=timeout_s, retry=True, priority=priority)
         except SplitnetError as error:
             error.batch, error.message = index, f"batch {index}: {error.message}"
             raise

@@ -19,7 +19,9 @@ from splitnet import channel, wire
 from splitnet.errors import BadInput, Cancelled, NodeUnavailable, ProtocolError, ServiceError, SplitnetError
 from splitnet.rpc.v1 import node_pb2 as pb
 
-__all__ = ["Exchange"]
+__all__ = ["HIGHEST_PRIORITY", "Exchange"]
+
+HIGHEST_PRIORITY = 9
 
 _QUEUED_FRAMES = 4
 _RETURN_S = 0.2  #: how much earlier than the client the node gives up, at most, so that it can still say where the time went
@@ -42,10 +44,16 @@ class Exchange:
         self._tasks = (asyncio.create_task(self._send()), asyncio.create_task(self._receive()))
 
     async def ask(
-        self, request: str, deployment: str, inputs: Mapping[str, np.ndarray], outputs: Collection[str], deadline: float
+        self,
+        request: str,
+        deployment: str,
+        inputs: Mapping[str, np.ndarray],
+        outputs: Collection[str],
+        deadline: float,
+        priority: int = 0,
     ) -> dict[str, np.ndarray]:
         """Sends a request and waits for its answer, which must hold exactly `outputs`. `deadline` is a time of `time.monotonic()`; it
-        goes to the node, and it is the caller who stops waiting then.
+        goes to the node, and it is the caller who stops waiting then. `priority`: 0 to HIGHEST_PRIORITY.
 
         Raises what the node answered, NodeUnavailable when the stream broke (the request may have been computed or not), or
         ProtocolError. Cancellation tells the node, which drops the request.
@@ -53,7 +61,7 @@ class Exchange:
         answer = self._answers[request] = _Answer(outputs, self._max_tensor_bytes)
         started = False
         try:
-            for message in _frames(request, deployment, inputs, deadline):
+            for message in _frames(request, deployment, inputs, deadline, priority):
                 await self._a_turn()
                 if answer.done.done():  # the node refused it before it had all of it
                     self._room.release()
@@ -168,12 +176,14 @@ class _Answer:
             self.done.set_result({name: _own(self._tensors[name].array()) for name in self._outputs})
 
 
-def _frames(request: str, deployment: str, inputs: Mapping[str, np.ndarray], deadline: float) -> Iterator[wire.Message]:
+def _frames(request: str, deployment: str, inputs: Mapping[str, np.ndarray], deadline: float, priority: int) -> Iterator[wire.Message]:
     """The request as frames, each made when it is asked for."""
 
     def frame() -> pb.Frame:
         left_s = deadline - time.monotonic()
-        return pb.Frame(request=request, deployment=deployment, timeout_s=max(left_s - min(_RETURN_S, left_s / 10), 1e-3))
+        return pb.Frame(
+            request=request, deployment=deployment, timeout_s=max(left_s - min(_RETURN_S, left_s / 10), 1e-3), priority=priority
+        )
 
     last = len(inputs) - 1
     for position, (name, array) in enumerate(inputs.items()):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from splitnet.batching import BatchAxes, Batching, find_batch_axes
 from splitnet.documents import load_document
 from splitnet.errors import BadPlan
 from splitnet.tensors import TensorSpec
@@ -97,6 +98,8 @@ class Prediction:
     alternatives: tuple[Alternative, ...] = ()
     symbols: Mapping[str, int] = field(default_factory=dict)  # of the inputs' shapes
     note: str = ""  # what people should know of how the plan was chosen
+    loss: float = 0.0  # what the task loses by the codecs, as a share, measured on the whole plan
+    loss_of: str = ""  # by which metric, on what, and how much was allowed; "" where it was not measured
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ class Plan:
     prediction: Prediction | None = None
     profile_sha256: str = ""
     max_in_flight: int = 16
+    batching: Batching = field(default_factory=Batching)
     version: int = PLAN_VERSION
 
     def __post_init__(self) -> None:
@@ -135,6 +139,13 @@ class Plan:
             if stage.name == name:
                 return stage
         raise BadPlan(f"no stage {name!r} in the plan; it has {', '.join(s.name for s in self.stages)}")
+
+    @property
+    def batch_axes(self) -> BatchAxes | None:
+        """Where the batch is, if requests are to be joined or divided along it."""
+        if not self.batching.on:
+            return None
+        return find_batch_axes(self.inputs, {output.value: output.spec for output in self.outputs})
 
     def with_shards(self, shards: Mapping[str, str]) -> Plan:
         """The same plan with each stage's shard hash filled in."""
@@ -201,6 +212,7 @@ def _check(plan: Plan) -> None:
         raise BadPlan("the plan has no stage")
     if plan.max_in_flight < 1:
         raise BadPlan(f"max_in_flight must be at least 1, got {plan.max_in_flight}")
+    _ = plan.batch_axes  # there is a batch, if it is to be used
     nodes = unique([n.name for n in plan.nodes], "node")
     unique([s.name for s in plan.stages], "stage")
     unique([t.name for t in plan.inputs], "input")

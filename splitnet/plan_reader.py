@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from splitnet.batching import Batching
 from splitnet.errors import BadInput, BadPlan
 from splitnet.plan import Alternative, NodeRef, OutputSpec, Plan, Prediction, StageSpec, Transfer
 from splitnet.tensors import TensorSpec
@@ -36,6 +37,7 @@ class _Reader:
             transfers=lambda v, p: self._each(v, p, Transfer, tensors=self._strings),
             inputs=self._specs,
             outputs=lambda v, p: self._each(v, p, OutputSpec, spec=self._spec),
+            batching=lambda v, p: self._make(Batching, v, p),
             prediction=lambda v, p: None if prediction is None else self._make(
                 Prediction, v, p, memory_bytes=self._figures, bytes_per_link=self._figures, symbols=self._figures,
                 alternatives=lambda w, q: self._each(w, q, Alternative),

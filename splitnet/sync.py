@@ -35,12 +35,12 @@ class Client:
     def address(self) -> str:
         return self._client.address
 
-    def infer(self, inputs: Inputs, *, timeout_s: float | None = None, retry: bool = False) -> dict[str, np.ndarray]:
+    def infer(self, inputs: Inputs, *, timeout_s: float | None = None, retry: bool = False, priority: int = 0) -> dict[str, np.ndarray]:
         """As `AsyncClient.infer`. An interrupt (Ctrl-C) cancels the request on the nodes."""
-        return background.run(self._client.infer(inputs, timeout_s=timeout_s, retry=retry))
+        return background.run(self._client.infer(inputs, timeout_s=timeout_s, retry=retry, priority=priority))
 
     def stream(
-        self, batches: Iterable[Inputs], *, window: int | None = None, timeout_s: float | None = None
+        self, batches: Iterable[Inputs], *, window: int | None = None, timeout_s: float | None = None, priority: int = 0
     ) -> Generator[dict[str, np.ndarray], None, None]:
         """As `AsyncClient.stream`. `batches` is read in the calling thread, whenever outputs are asked for; where reading blocks,
         outputs that are ready wait for one read at most."""
@@ -51,7 +51,7 @@ class Client:
             while more or under_way:
                 if more and len(under_way) < width:
                     try:
-                        work = self._client.infer_batch(next(index), next(source), timeout_s=timeout_s)
+                        work = self._client.infer_batch(next(index), next(source), timeout_s=timeout_s, priority=priority)
                     except StopIteration:
                         more = False
                         continue

@@ -122,6 +122,7 @@ class Frame(google.protobuf.message.Message):
     TENSOR_FIELD_NUMBER: builtins.int
     FAILURE_FIELD_NUMBER: builtins.int
     CANCEL_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
     PAYLOAD_FIELD_NUMBER: builtins.int
     request: builtins.str
     """the request's id: 1 to 64 characters of [A-Za-z0-9_-], chosen by the client, unique"""
@@ -134,6 +135,8 @@ class Frame(google.protobuf.message.Message):
     """time the request has left; 0: none given (the node's limit holds)"""
     end: builtins.bool
     """Run: the request's (answer's) last frame"""
+    priority: builtins.int
+    """Run: 0 (usual) to 9 (most urgent), on the request's first frame"""
     payload: builtins.bytes
     @property
     def tensor(self) -> Global___TensorChunk: ...
@@ -157,10 +160,11 @@ class Frame(google.protobuf.message.Message):
         tensor: Global___TensorChunk | None = ...,
         failure: Global___Failure | None = ...,
         cancel: Global___Cancel | None = ...,
+        priority: builtins.int = ...,
         payload: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["cancel", b"cancel", "failure", b"failure", "tensor", b"tensor"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cancel", b"cancel", "deployment", b"deployment", "end", b"end", "failure", b"failure", "ingress", b"ingress", "payload", b"payload", "request", b"request", "stage", b"stage", "tensor", b"tensor", "timeout_s", b"timeout_s"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cancel", b"cancel", "deployment", b"deployment", "end", b"end", "failure", b"failure", "ingress", b"ingress", "payload", b"payload", "priority", b"priority", "request", b"request", "stage", b"stage", "tensor", b"tensor", "timeout_s", b"timeout_s"]) -> None: ...
 
 Global___Frame: typing_extensions.TypeAlias = Frame
 
@@ -335,6 +339,10 @@ class DeploymentStatus(google.protobuf.message.Message):
     STAGES_FIELD_NUMBER: builtins.int
     MODEL_FIELD_NUMBER: builtins.int
     INGRESS_ADDRESS_FIELD_NUMBER: builtins.int
+    MAX_BATCH_FIELD_NUMBER: builtins.int
+    MAX_DELAY_S_FIELD_NUMBER: builtins.int
+    MICROBATCH_FIELD_NUMBER: builtins.int
+    WAITING_FIELD_NUMBER: builtins.int
     name: builtins.str
     plan_sha256: builtins.str
     node: builtins.str
@@ -346,6 +354,14 @@ class DeploymentStatus(google.protobuf.message.Message):
     model: builtins.str
     ingress_address: builtins.str
     """where the client's requests go, as the plan has it"""
+    max_batch: builtins.int
+    """requests are joined up to that many rows"""
+    max_delay_s: builtins.float
+    """and wait that long for company"""
+    microbatch: builtins.int
+    """a request with more rows goes in pieces of that many; 0: whole"""
+    waiting: builtins.int
+    """requests in line at the ingress, of those in flight"""
     @property
     def inputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
     @property
@@ -366,14 +382,18 @@ class DeploymentStatus(google.protobuf.message.Message):
         stages: collections.abc.Iterable[Global___StageStatus] | None = ...,
         model: builtins.str = ...,
         ingress_address: builtins.str = ...,
+        max_batch: builtins.int = ...,
+        max_delay_s: builtins.float = ...,
+        microbatch: builtins.int = ...,
+        waiting: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["in_flight", b"in_flight", "ingress", b"ingress", "ingress_address", b"ingress_address", "inputs", b"inputs", "max_in_flight", b"max_in_flight", "model", b"model", "name", b"name", "node", b"node", "outputs", b"outputs", "plan_sha256", b"plan_sha256", "stages", b"stages"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["in_flight", b"in_flight", "ingress", b"ingress", "ingress_address", b"ingress_address", "inputs", b"inputs", "max_batch", b"max_batch", "max_delay_s", b"max_delay_s", "max_in_flight", b"max_in_flight", "microbatch", b"microbatch", "model", b"model", "name", b"name", "node", b"node", "outputs", b"outputs", "plan_sha256", b"plan_sha256", "stages", b"stages", "waiting", b"waiting"]) -> None: ...
 
 Global___DeploymentStatus: typing_extensions.TypeAlias = DeploymentStatus
 
 @typing.final
 class StageStatus(google.protobuf.message.Message):
-    """Totals since activation. wait: all inputs there, engine busy; the others: time spent in each activity."""
+    """Totals since activation. requests: runs of the engine, so a joined batch is one. wait: all inputs there, engine busy; the others: time spent in each activity."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

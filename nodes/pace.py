@@ -1,0 +1,114 @@
+"""How fast a pipeline takes what its ingress sends: how many batches keep it busy, and how many requests may be ahead of a new one.
+
+Two figures are measured. `empty_s`: how long a batch takes through an empty pipeline. `interval_s`: how far apart batches come out while
+the pipeline is kept full, which is the slowest stage's (or link's) time. Their ratio is how many batches fill it (Little's law); more
+only wait. This is how BBR looks at a network path (Cardwell et al., "BBR: congestion-based congestion control", 2016), with its way
+to see the first figure again under constant load: now and then the pipeline is let run empty for one batch.
+
+The clock is the caller's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from statistics import median_low
+
+__all__ = ["Pace", "Passage"]
+
+_FIRST_WINDOW = 8  # until something has been measured
+_SURPLUS = 1.5  # times what fills the pipeline is sent: stages are not as even as clocks
+_TIMES = 2.5  # how much longer than alone a request may take on account of others'
+_SAMPLES = 5  # of `empty_s`; the median, because the first are cold
+_WEIGHT = 0.1  # of the newest interval
+_ENOUGH = 8  # intervals before they are believed
+_FULL_SHARE = 0.1  # of an interval that the pipeline may not have been full
+_SOON, _LATER, _SHORTEST_S = 10, 100, 5.0  # how many times `empty_s` lie between two looks at an empty pipeline, at first and later
+
+
+@dataclass(slots=True)
+class Passage:
+    """One batch on its way."""
+
+    entered_s: float
+    alone: bool  #: the pipeline was empty
+
+
+class Pace:
+    """`most`: how many batches may be under way, whatever is measured."""
+
+    def __init__(self, most: int) -> None:
+        self.under_way = 0
+        self._most = most
+        self._empty = deque[float](maxlen=_SAMPLES)
+        self._looks = 0  # at an empty pipeline
+        self._look_at_s = -math.inf  # from then on, the pipeline is to be let run empty
+        self._interval_s = 0.0
+        self._calls = 1.0  # requests per batch; less than one where a request is divided
+        self._intervals = 0
+        self._left_s = -math.inf  # when a batch last came out
+        self._full_s: float | None = None  # since when the pipeline has been full
+
+    # --------------------------------------------------------------------------------------------------------- batches
+
+    @property
+    def window(self) -> int:
+        """How many batches to keep under way."""
+        depth = self.depth
+        return min(self._most, _FIRST_WINDOW if depth is None else math.ceil(_SURPLUS * depth) + 1)
+
+    @property
+    def depth(self) -> float | None:
+        """How many batches fill the pipeline; None until that has been seen."""
+        if not self._empty or self._intervals < _ENOUGH:
+            return None
+        return max(median_low(self._empty) / self._interval_s, 1.0)
+
+    def has_room(self, now_s: float) -> bool:
+        """Whether to send another batch now."""
+        if self.under_way and now_s >= self._look_at_s and self._intervals >= _ENOUGH:
+            return False  # it runs empty, for the next to see it so
+        return self.under_way < self.window
+
+    def enter(self, now_s: float) -> Passage:
+        passage = Passage(now_s, alone=not self.under_way)
+        self.under_way += 1
+        if passage.alone:
+            self._look_at_s = math.inf  # this one looks
+        if self._full_s is None and self.under_way >= self.window:
+            self._full_s = now_s
+        return passage
+
+    def leave(self, passage: Passage, now_s: float, calls: float, *, answered: bool) -> None:
+        """`calls`: how many requests that was (a part of one: less than 1). Without an answer nothing is learnt of the speed."""
+        gap_s = now_s - self._left_s
+        if answered and self._full_s is not None and self._full_s - self._left_s <= _FULL_SHARE * gap_s:
+            self._intervals += 1
+            weight = max(_WEIGHT, 1 / self._intervals)
+            self._interval_s += weight * (gap_s - self._interval_s)
+            self._calls += weight * (calls - self._calls)
+        self.under_way -= 1
+        self._left_s, self._full_s = now_s, None
+        if passage.alone:
+            if answered:
+                self._looks += 1
+                self._empty.append(now_s - passage.entered_s)
+            empty_s = median_low(self._empty) if self._empty else 0.0
+            self._look_at_s = now_s + (_SOON * empty_s if self._looks < _SAMPLES else max(_LATER * empty_s, _SHORTEST_S))
+
+    # -------------------------------------------------------------------------------------------------------- requests
+
+    @property
+    def call_s(self) -> float | None:
+        """How far apart requests come out of a full pipeline; None until that has been seen."""
+        return None if self._intervals < _ENOUGH else self._interval_s / self._calls
+
+    def allows(self, own: int, others: int) -> bool:
+        """Whether a client's `own`-th request may come in when `others` requests of other clients will be served before it: whether all of them
+        take at most `_TIMES` as long as its own alone. Until that can be told, yes."""
+        depth = self.depth
+        if depth is None:
+            return True
+        alone = depth * self._calls + max(0.0, 1.0 - self._calls)  # in units of `call_s`; a divided request's pieces follow each other
+        return others + own <= _TIMES * (max(alone, 1.0) + own - 1)
