@@ -1,18 +1,22 @@
-"""How long a link takes, measured from one of its ends: round trip and bandwidth, fitted to seconds = round trip + bytes / bandwidth.
+"""How long a link takes, measured from one of its ends: round trip and bandwidth, for seconds = round trip + bytes / bandwidth.
 
-Payloads are sent over one Probe stream, in messages as large as an activation's chunks, and each is acknowledged. First the sizes grow
-until the next one would not fit into the time allowed: a link of 5 Mbit/s stops at some 100 KiB, loopback at 4 MiB. Then all sizes take turns
-until the time is up, so that what disturbs the box for a while disturbs them all and not one. The round trip is the median of the
-smallest messages; the bandwidth is the one with the least mean relative error over all others, which is a weighted median (least absolute
-deviations, Boscovich 1757; Bloomfield and Steiger 1983): a third of outliers does not move it, and no size is fitted at the cost of
-the others.
+What counts is the rate that a stream of activations gets, and a link may be faster at first: a token bucket lets its first bytes pass at line
+speed, a TCP connection that was idle begins slowly. So bandwidth is read off trains: messages sent one behind the other, each acknowledged
+by itself. Over the later half of a train the acknowledgements come at the link's sustained rate, whatever held or helped its beginning,
+and their distance does not contain the latency. Trains grow until the next one would take more than a quarter of the time allowed, then
+they are repeated until it is up, with a pause and a message of one byte between: the round trip is the median of those.
+
+The bandwidth is the median, weighted by bytes, of the slopes between any two acknowledgements of one later half (Theil 1950, Sen 1968), over
+all trains of at least half the greatest length. The first train of a length counts only where there is no other: it empties the bucket, and
+widens the windows of TCP and HTTP/2.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,30 +25,31 @@ import numpy as np
 from splitnet.errors import ProtocolError
 from splitnet.rpc.v1 import node_pb2
 
-__all__ = ["LinkMeasurement", "LinkSample", "fit_link", "measure_link"]
+__all__ = ["LinkMeasurement", "LinkSample", "Train", "fit_link", "measure_link", "take_turns"]
 
-_PING_BYTES = 1
 _PINGS = 20
-_SIZES_BYTES = tuple(1 << k for k in range(12, 24, 2))  # 4 KiB, 16 KiB, ... 4 MiB
-_MOST_ROUNDS = 40
+_TRAIN_MESSAGES = 16
+_SMALLEST_BYTES, _LARGEST_BYTES = 1 << 14, 1 << 24  # of a train: then its messages are as large as an activation's chunks
+_MOST_TRAINS = 50
 _PAUSE_S = 0.005  # between one stage's message and the next there is computing
-_NEARLY = 0.95
-_MESSAGE_BYTES = 1 << 20  # payload of one message, as activations are chunked
 _GRACE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class LinkSample:
-    """`bytes` were sent, and `seconds` later the acknowledgement was back."""
+    """`bytes` were sent, and `seconds` later the acknowledgement of the last of them was back."""
 
     bytes: int
     seconds: float
 
 
+Train = tuple[LinkSample, ...]  #: the acknowledgements of one train's messages: bytes so far, seconds since it began
+
+
 @dataclass(frozen=True, slots=True)
 class LinkMeasurement:
     """`round_trip_s` is for a message of one byte (a one-way latency is half of it); `jitter_s` is the median absolute deviation of
-    that. `bandwidth_bytes_per_s` is always positive and finite."""
+    that. `bandwidth_bytes_per_s` is always positive and finite. `samples`: the round trips, then whole trains."""
 
     round_trip_s: float
     bandwidth_bytes_per_s: float
@@ -59,79 +64,105 @@ async def measure_link(stub: Any, budget_s: float = 2.0) -> LinkMeasurement:
     translates), ProtocolError for a peer that acknowledges something else than was sent. Leaves nothing behind when cancelled.
     """
     call = stub.Probe(timeout=budget_s + _GRACE_S)
-    start = time.perf_counter()
     try:
-        await _exchange(call, _PING_BYTES)  # connects
-        samples: list[LinkSample] = []
-        while len(samples) < 3 or (len(samples) < _PINGS and time.perf_counter() - start < budget_s / 4):
-            samples.append(await _ping(call))
-        sizes: list[int] = []
-        for size in _SIZES_BYTES:
-            if sizes and _expected_s(samples, size) > budget_s / 2 - (time.perf_counter() - start):
-                break  # never before the smallest: pings alone tell no bandwidth, however far away the peer is
-            samples.append(await _exchange(call, size))
-            sizes.append(size)
-        for _ in range(_MOST_ROUNDS):
-            samples.append(await _ping(call))
-            for size in sizes:
-                if _expected_s(samples, size) > budget_s - (time.perf_counter() - start):
-                    break
-                samples.append(await _exchange(call, size))
-            if time.perf_counter() - start > budget_s * _NEARLY:
-                break
+        start = time.perf_counter()
+        await _train(call, 1, 1)  # connects
+
+        async def ping() -> float:
+            await asyncio.sleep(_PAUSE_S)  # two ends that talk without one are awake, and answer in half the time
+            return (await _train(call, 1, 1))[-1].seconds
+
+        pings, trains = await take_turns(
+            ping,
+            lambda size: _train(call, _TRAIN_MESSAGES, size // _TRAIN_MESSAGES),
+            lambda: budget_s - (time.perf_counter() - start),
+            budget_s,
+        )
         await call.done_writing()
         await call.read()  # the end: a call that is cancelled while the peer sends its status makes gRPC log an error over there
-        return fit_link(samples)
+        return fit_link(pings, trains)
     finally:
         call.cancel()
 
 
-async def _ping(call: Any) -> LinkSample:
-    """After a pause, as activations come: two ends that talk without one are awake, and answer in half the time."""
-    await asyncio.sleep(_PAUSE_S)
-    return await _exchange(call, _PING_BYTES)
+async def take_turns(
+    ping: Callable[[], Awaitable[float]], train: Callable[[int], Awaitable[Train]], left_s: Callable[[], float], budget_s: float
+) -> tuple[list[float], list[Train]]:
+    """What to send when: round trips first, trains that double, then both in turns. `train` takes the bytes; `left_s` is what is left
+    of `budget_s`, all of which is used unless the link is fast. The last train may end late, where a link was fast at first only."""
+    pings: list[float] = []
+    while len(pings) < 3 or (len(pings) < _PINGS and left_s() > budget_s * 3 / 4):
+        pings.append(await ping())
+    size = _SMALLEST_BYTES
+    trains = [await train(size)]  # however far away the peer is: round trips alone tell no bandwidth
+    for _ in range(_MOST_TRAINS):
+        longest_s = min(budget_s / 4, left_s())
+        if 4 * size <= _LARGEST_BYTES and _expected_s(pings, trains[-1], 4 * size) < longest_s / 2:
+            size *= 4
+        elif 2 * size <= _LARGEST_BYTES and _expected_s(pings, trains[-1], 2 * size) < longest_s:
+            size *= 2
+        elif _expected_s(pings, trains[-1], size) < left_s():
+            pings.append(await ping())
+        else:
+            break
+        trains.append(await train(size))
+    return pings, trains
 
 
-async def _exchange(call: Any, size: int) -> LinkSample:
-    """Sends `size` bytes and waits until all have been acknowledged."""
-    lengths = [min(_MESSAGE_BYTES, size - at) for at in range(0, size, _MESSAGE_BYTES)]
-    messages = [node_pb2.ProbeRequest(payload=bytes(length)) for length in lengths]
+async def _train(call: Any, count: int, size: int) -> Train:
+    """Sends `count` messages of `size` bytes, and takes the acknowledgements while it does."""
+    message = node_pb2.ProbeRequest(payload=bytes(size))
     start = time.perf_counter()
-    for message in messages:
+    writing = asyncio.ensure_future(_write(call, message, count))
+    samples = []
+    try:
+        for k in range(1, count + 1):
+            reply = await call.read()
+            if not isinstance(reply, node_pb2.ProbeReply):  # grpc.aio.EOF: the peer ended the stream with OK
+                raise ProtocolError("the peer ended the Probe stream early", remedy="update splitnet on the other node")
+            if reply.received_bytes != size:
+                raise ProtocolError(f"Probe: sent {size} bytes, {reply.received_bytes} were acknowledged")
+            samples.append(LinkSample(k * size, time.perf_counter() - start))
+        await writing  # not cancelled: gRPC would take that for the end of the call
+    finally:
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)  # what breaks the stream is raised by `read`
+    return tuple(samples)
+
+
+async def _write(call: Any, message: node_pb2.ProbeRequest, count: int) -> None:
+    for _ in range(count):
         await call.write(message)
-    for length in lengths:
-        reply = await call.read()
-        if not isinstance(reply, node_pb2.ProbeReply):  # grpc.aio.EOF: the peer ended the stream with OK
-            raise ProtocolError("the peer ended the Probe stream early", remedy="update splitnet on the other node")
-        if reply.received_bytes != length:
-            raise ProtocolError(f"Probe: sent {length} bytes, {reply.received_bytes} were acknowledged")
-    return LinkSample(size, time.perf_counter() - start)
 
 
-def _expected_s(samples: Sequence[LinkSample], size: int) -> float:
-    """How long a message of `size` is expected to take, judged by the largest yet; nothing is expected of pings alone."""
-    round_trip = float(np.median([s.seconds for s in samples if s.bytes == _PING_BYTES]))
-    largest = max(sample.bytes for sample in samples)
-    beyond = float(np.median([s.seconds for s in samples if s.bytes == largest])) - round_trip
-    return round_trip + max(beyond, 0.0) * size / largest
-
-
-def fit_link(samples: Sequence[LinkSample]) -> LinkMeasurement:
-    """Fits seconds = round trip + bytes / bandwidth. Needs at least two sizes; raises ValueError otherwise."""
-    sizes = np.array([s.bytes for s in samples], dtype=np.float64)
-    seconds = np.array([s.seconds for s in samples], dtype=np.float64)
-    if len(np.unique(sizes)) < 2:
-        raise ValueError("a bandwidth needs samples of at least two sizes")
-    pings = seconds[sizes == sizes.min()]
+def _expected_s(pings: Sequence[float], last: Train, size: int) -> float:
+    """How long a train of `size` is expected to take after that one: what the link was like before does not count."""
     round_trip = float(np.median(pings))
-    larger = sizes > sizes.min()
-    # sum |round trip + x * bytes - seconds| / seconds = sum bytes / seconds * |x - (seconds - round trip) / bytes|
-    beyond = sizes[larger] - sizes.min()
-    slope = _weighted_median((seconds[larger] - round_trip) / beyond, beyond / seconds[larger])
-    jitter = float(np.median(np.abs(pings - round_trip)))
-    # Where noise hides the slope, the largest message took no longer to transmit than the noise: the link is at least that fast.
-    floor = max(jitter, 1e-6 * round_trip, 1e-9) / float(sizes.max())
-    return LinkMeasurement(round_trip_s=round_trip, bandwidth_bytes_per_s=1.0 / max(slope, floor), jitter_s=jitter, samples=tuple(samples))
+    return round_trip + max(last[-1].seconds - round_trip, 0.0) * size / last[-1].bytes
+
+
+def fit_link(pings: Sequence[float], trains: Sequence[Train]) -> LinkMeasurement:
+    """Fits seconds = round trip + bytes / bandwidth, see above. Needs a round trip and a train of two messages; raises ValueError otherwise."""
+    if not pings or not any(len(train) > 1 for train in trains):
+        raise ValueError("a link needs a round trip, and a train of at least two messages")
+    round_trip = float(np.median(pings))
+    jitter = float(np.median(np.abs(np.array(pings) - round_trip)))
+    pairs = [pair for train in _settled(trains) for pair in itertools.combinations(train[(len(train) - 1) // 2 :], 2)]
+    distances = np.array([b.bytes - a.bytes for a, b in pairs], dtype=np.float64)
+    slope = _weighted_median(np.array([b.seconds - a.seconds for a, b in pairs]) / distances, distances)
+    # Where noise hides the slope, the longest train took no longer to transmit than the noise: the link is at least that fast.
+    floor = max(jitter, 1e-6 * round_trip, 1e-9) / max(train[-1].bytes for train in trains)
+    samples = (*(LinkSample(1, seconds) for seconds in pings), *itertools.chain.from_iterable(trains))
+    return LinkMeasurement(round_trip_s=round_trip, bandwidth_bytes_per_s=1.0 / max(slope, floor), jitter_s=jitter, samples=samples)
+
+
+def _settled(trains: Sequence[Train]) -> list[Train]:
+    """The trains to read a bandwidth off, see above."""
+    longest = max(train[-1].bytes for train in trains)
+    long = [train for train in trains if 2 * train[-1].bytes >= longest]
+    lengths = [train[-1].bytes for train in long]
+    again = [train for k, train in enumerate(long) if lengths[k] in lengths[:k]]
+    return again or [long[lengths.index(longest)]]
 
 
 def _weighted_median(values: np.ndarray, weights: np.ndarray) -> float:

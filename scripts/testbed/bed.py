@@ -63,6 +63,7 @@ class RelayProcess:
                     "bandwidth_bytes_per_s": shape.bandwidth_bytes_per_s,
                     "latency_s": shape.latency_s,
                     "jitter_s": shape.jitter_s,
+                    "burst_bytes": shape.burst_bytes,
                 }
                 for (a, b), shape in shapes.items()
             ],

@@ -78,7 +78,7 @@ class KernelNetwork:
             device = self._device[pair]
             if not math.isinf(shape.bandwidth_bytes_per_s):
                 rate = shape.bandwidth_bytes_per_s / _TCP_SHARE
-                burst, limit = max(rate * _BURST_S, _LEAST_BURST_BYTES), max(rate * _QUEUE_S, 1 << 16)
+                burst, limit = max(rate * _BURST_S, _LEAST_BURST_BYTES, shape.burst_bytes), max(rate * _QUEUE_S, 1 << 16)
                 self._in(
                     pair[0], "tc", "qdisc", "replace", "dev", device, "root", "tbf",
                     "rate", f"{rate * 8:.0f}bit", "burst", f"{burst:.0f}", "limit", f"{limit:.0f}",

@@ -234,7 +234,8 @@ def _obey(relay: Relay, command: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if verb == "links":
         for link in argument:
-            relay.set_link(link["source"], link["target"], LinkShape(link["bandwidth_bytes_per_s"], link["latency_s"], link["jitter_s"]))
+            shape = LinkShape(link["bandwidth_bytes_per_s"], link["latency_s"], link["jitter_s"], link["burst_bytes"])
+            relay.set_link(link["source"], link["target"], shape)
         return {}
     if verb == "overhead_s":
         relay.set_overhead(argument)

@@ -18,11 +18,13 @@ _LINE_BYTES = 1 << 20  # what may be on the way beyond bandwidth x latency: the 
 @dataclass(frozen=True, slots=True)
 class LinkShape:
     """What a directed link does. `bandwidth_bytes_per_s` counts the bytes of the TCP stream, without headers; inf and 0 s: unshaped.
-    `jitter_s`: each block takes up to so much longer, evenly distributed; order is kept, as TCP keeps it."""
+    `jitter_s`: each block takes up to so much longer, evenly distributed; order is kept, as TCP keeps it. `burst_bytes` pass at once after
+    a pause (a token bucket's depth); what follows them keeps to the bandwidth."""
 
     bandwidth_bytes_per_s: float = math.inf
     latency_s: float = 0.0
     jitter_s: float = 0.0
+    burst_bytes: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.bandwidth_bytes_per_s > 0:
@@ -30,6 +32,8 @@ class LinkShape:
         for what, seconds in (("latency", self.latency_s), ("jitter", self.jitter_s)):
             if not (seconds >= 0 and math.isfinite(seconds)):
                 raise ValueError(f"a {what} must be a time that is not negative, got {seconds}")
+        if not (self.burst_bytes >= 0 and math.isfinite(self.burst_bytes)):
+            raise ValueError(f"a burst must be a size that is not negative, got {self.burst_bytes}")
 
 
 UNSHAPED = LinkShape()
@@ -38,10 +42,10 @@ UNSHAPED = LinkShape()
 class Shaper:
     """The transmitter of one directed link, shared by all connections over it.
 
-    A token bucket of no depth: a block of n bytes keeps the transmitter busy for n / bandwidth, the next one starts when it is done, and
-    an idle transmitter saves nothing up. So over any busy time the rate is exact, however late the caller wakes up, as long as
-    it hands blocks in before the transmitter falls idle: `opens_s` says from when on it takes one. `overhead_s` is what the way through the
-    caller takes by itself; it is part of the latency.
+    A token bucket: a block of n bytes keeps the transmitter busy for n / bandwidth, the next one starts when it is done, and an idle
+    transmitter saves up `burst_bytes` and no more, nothing unless they are asked for. So over any busy time the rate is exact, however
+    late the caller wakes up, as long as it hands blocks in before the transmitter falls idle: `opens_s` says from when on it takes one.
+    `overhead_s` is what the way through the caller takes by itself; it is part of the latency.
     """
 
     def __init__(self, shape: LinkShape = UNSHAPED, overhead_s: float = 0.0, seed: int = 0) -> None:
@@ -73,10 +77,11 @@ class Shaper:
     def send(self, now_s: float, size_bytes: int) -> float:
         """Takes a block, and returns when its last byte arrives at the far end."""
         shape = self.shape
-        self._free_s = max(self._free_s, now_s) + size_bytes / shape.bandwidth_bytes_per_s
+        saved_s = shape.burst_bytes / shape.bandwidth_bytes_per_s
+        self._free_s = max(self._free_s, now_s - saved_s) + size_bytes / shape.bandwidth_bytes_per_s
         self.carried_bytes += size_bytes
         jitter_s = self._random.uniform(0.0, shape.jitter_s) if shape.jitter_s else 0.0
-        return max(self._free_s + shape.latency_s + jitter_s - self.overhead_s, now_s)
+        return max(max(self._free_s, now_s) + shape.latency_s + jitter_s - self.overhead_s, now_s)
 
 
 class DelayLine:

@@ -22,7 +22,7 @@ CLIENT_NAME = "client"  #: and as a file names it
 SHAPINGS = ("relay", "kernel")
 _BYTES_PER_MBIT = 1e6 / 8
 _NOMINAL = Link("", "", 1e9, 1e-4)  # loopback, as far as a plan needs to know
-_SHAPE_KEYS = {"bandwidth_mbit_per_s", "latency_ms", "jitter_ms"}
+_SHAPE_KEYS = {"bandwidth_mbit_per_s", "latency_ms", "jitter_ms", "burst_kib"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,8 @@ def _links(tables: Sequence[Any], names: Sequence[str]) -> dict[tuple[str, str],
 
 def _shape(table: Mapping[str, Any], at: str) -> LinkShape:
     bandwidth = _figure(table, "bandwidth_mbit_per_s", at, math.inf, positive=True) * _BYTES_PER_MBIT
-    return LinkShape(bandwidth, _figure(table, "latency_ms", at, 0.0) / 1e3, _figure(table, "jitter_ms", at, 0.0) / 1e3)
+    seconds = [_figure(table, key, at, 0.0) / 1e3 for key in ("latency_ms", "jitter_ms")]
+    return LinkShape(bandwidth, *seconds, burst_bytes=_figure(table, "burst_kib", at, 0.0) * 1024)
 
 
 def _figure(table: Mapping[str, Any], key: str, at: str, missing: float, *, positive: bool = False) -> float:

@@ -14,6 +14,7 @@ shapes = st.builds(
     st.floats(1e3, 1e9),
     st.floats(0, 0.2),
     st.floats(0, 0.05),
+    st.floats(0, 1e5),
 )
 
 
@@ -43,6 +44,14 @@ def test_an_idle_link_saves_nothing_up() -> None:
     shaper = Shaper(LinkShape(1e6, 0.0))
     shaper.send(0.0, 1000)
     assert shaper.send(5.0, 10_000) == pytest.approx(5.01)
+
+
+def test_a_bucket_lets_so_much_pass_at_once_and_then_keeps_the_rate() -> None:
+    shaper = Shaper(LinkShape(1e6, 0.01, burst_bytes=50_000))
+    assert shaper.send(5.0, 50_000) == pytest.approx(5.01)
+    assert shaper.send(5.0, 10_000) == pytest.approx(5.02)
+    assert shaper.send(5.03, 30_000) == pytest.approx(5.05)  # 20,000 bytes have been saved up since
+    assert shaper.send(9.0, 150_000) == pytest.approx(9.11)
 
 
 def test_a_message_takes_latency_and_bytes_over_bandwidth() -> None:
@@ -79,11 +88,12 @@ def test_bytes_keep_their_order_and_arrive_neither_early_nor_late(shape: LinkSha
         data = bytes([i % 251]) * size
         line.put(now_s, data)
         sent += data
-        free_s = max(free_s, now_s) + size / shape.bandwidth_bytes_per_s
-        latest_s = free_s + shape.latency_s + shape.jitter_s
+        free_s = max(free_s, now_s - shape.burst_bytes / shape.bandwidth_bytes_per_s) + size / shape.bandwidth_bytes_per_s
+        latest_s = max(free_s, now_s) + shape.latency_s + shape.jitter_s
     assert line.held_bytes == len(sent)
     if blocks:
-        assert line.next_s >= blocks[0][0] + blocks[0][1] / shape.bandwidth_bytes_per_s + shape.latency_s - 1e-9
+        beyond = max(blocks[0][1] - shape.burst_bytes, 0)
+        assert line.next_s >= blocks[0][0] + beyond / shape.bandwidth_bytes_per_s + shape.latency_s - 1e-9
     received = b""
     while not line.empty:
         assert line.arrived(line.next_s - 1e-6 - line.next_s * 1e-12) is None
@@ -122,7 +132,18 @@ def test_a_far_side_that_does_not_read_stops_the_link() -> None:
     assert line.takes_from_s() < math.inf
 
 
-@pytest.mark.parametrize("wrong", [(0.0, 0.0, 0.0), (math.nan, 0.0, 0.0), (1.0, -1.0, 0.0), (1.0, math.inf, 0.0), (1.0, 0.0, math.nan)])
-def test_a_shape_that_cannot_be_is_refused(wrong: tuple[float, float, float]) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        (1.0, 0.0, 0.0, -1.0),
+        (1.0, 0.0, 0.0, math.inf),
+        (0.0, 0.0, 0.0),
+        (math.nan, 0.0, 0.0),
+        (1.0, -1.0, 0.0),
+        (1.0, math.inf, 0.0),
+        (1.0, 0.0, math.nan),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused(wrong: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="must be"):
         LinkShape(*wrong)

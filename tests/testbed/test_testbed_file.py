@@ -52,6 +52,11 @@ def test_a_file_is_read() -> None:
     assert spec.shape(CLIENT, "c") == LinkShape(math.inf, 0.007)  # a link of its own goes before
 
 
+def test_a_burst_is_read() -> None:
+    spec = parse({"nodes": [{"name": "a"}], "default_link": {"bandwidth_mbit_per_s": 8, "burst_kib": 64}})
+    assert spec.default == LinkShape(1e6, burst_bytes=65536)
+
+
 def test_the_cluster_has_the_configured_links() -> None:
     cluster = parse(tomllib.loads(GOOD)).cluster({"a": "h:1", "b": "h:2", "c": "h:3"})
     assert (cluster.node("a").memory_bytes, cluster.node("a").threads) == (1 << 30, 2)
