@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from partitioner.constants import codec_figures, machines
+from partitioner.constants import machines
 from partitioner.cost import CodecFigures, Machine, Overhead
 from partitioner.crossing import crossing_bytes
 from partitioner.layout import lay_out, lay_out_again
+from partitioner.pricing import DraftPrices, measured_codecs
+from partitioner.privacy import Privacy
 from partitioner.profiling import Profile
 from partitioner.solvers.bound import Instance, bottleneck_bound, latency_bound
-from partitioner.solvers.constraints import Constraints, Operator
+from partitioner.solvers.constraints import Constraints, Operator, allowed_operators
 from partitioner.solvers.graphs import overhead_arrays, shared
 from partitioner.solvers.narrowing import narrowed
 from partitioner.solvers.placement import Placement, Realised, Scale
@@ -25,7 +27,7 @@ from partitioner.solvers.reading import GraphCosts, Value, codec_arrays, link_ar
 from partitioner.solvers.tiers import two_tiers
 from partitioner.structure import Structure
 from splitnet.cluster import Cluster, ClusterNode, Link
-from splitnet.codecs import codec_names, get_codec
+from splitnet.errors import NoPlan
 from splitnet.plan import StageSpec
 
 __all__ = ["Draft"]
@@ -49,6 +51,7 @@ class Draft:
     wishes: Constraints
     machines: tuple[Machine, ...] = ()
     allowed: np.ndarray | None = None
+    privacy: Privacy | None = None
 
     @classmethod
     def make(
@@ -59,7 +62,7 @@ class Draft:
         share = {name: taken[1] for name, taken in wishes.taken.items()}
         slow = {name: 1.0 / (1.0 - share.get(name, 0.0)) for name in names}
         figures = (
-            _measured_codecs(nodes) if codecs is None else codecs if "raw" in codecs else {**_measured_codecs(nodes, ("raw",)), **codecs}
+            measured_codecs(nodes) if codecs is None else codecs if "raw" in codecs else {**measured_codecs(nodes, ("raw",)), **codecs}
         )
         return cls(
             profile=profile,
@@ -72,6 +75,24 @@ class Draft:
             wishes=wishes,
             machines=machines(cluster),
         )
+
+    def restricted(self) -> Draft:
+        """With what the wishes rule out. Raises BadInput for a pattern of nothing, NoPlan where no node is left for an operator."""
+        wishes = replace(self.wishes, forbid=())  # the nodes that are left
+        allowed = allowed_operators(wishes, self.names, self.operators)
+        if wishes.private is None:
+            return replace(self, allowed=allowed)
+        privacy = Privacy.of(self.structure, self.operators, *wishes.private)
+        allowed = np.ones((len(self.names), len(self.operators)), dtype=bool) if allowed is None else allowed
+        elsewhere = np.array([name != privacy.node for name in self.names])
+        private = np.array([o.name in privacy.operators for o in self.operators])
+        allowed[np.ix_(elsewhere, private)] = False
+        for i in map(int, np.flatnonzero(~allowed.any(axis=0))):
+            raise NoPlan(
+                f"no node may run operator {self.operators[i].name!r}: it uses what is private to {privacy.node!r}, where another wish forbids it",
+                remedy="take back one of these wishes",
+            )
+        return replace(self, allowed=allowed, privacy=privacy)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -164,10 +185,12 @@ class Draft:
         )  # fmt: skip
 
     def realise(self, placement: Placement) -> Realised:
+        """Raises NoPlan for what the wishes rule out: the search proposes it, too."""
+        self._check_allowed(placement)
         layout = lay_out(
             self.structure,
             {v.name: placement.stage_of[i] for i, v in enumerate(self.structure.vertices)},
-            prices=_Prices(self, placement.order),
+            prices=DraftPrices(self, placement.order),
         )
         names = {stage.index: f"stage{k}" for k, stage in enumerate(layout.stages)}
         stages = tuple(
@@ -184,7 +207,28 @@ class Draft:
             )
             for stage in layout.stages
         )
-        return Realised(stages, layout.transfers(names))
+        return self.kept_private(Realised(stages, layout.transfers(names)))
+
+    def _check_allowed(self, placement: Placement) -> None:
+        if self.allowed is None:
+            return
+        node = np.asarray(placement.order)[np.asarray(placement.stage_of)]
+        barred = np.flatnonzero(~self.allowed[node, np.arange(len(node))])
+        if barred.size:
+            v = int(barred[0])
+            raise NoPlan(
+                f"operator {self.operators[v].name!r} would be on node {self.names[node[v]]!r}, where it must not be",
+                remedy="move the cuts, or take back a wish",
+            )
+
+    def kept_private(self, realised: Realised) -> Realised:
+        """The same. Raises NoPlan where a value would leave the node that it is private to."""
+        if self.privacy is not None and (value := self.privacy.leak(realised)):
+            raise NoPlan(
+                f"value {value!r} would leave node {self.privacy.node!r}, to which it is private",
+                remedy="keep more of the model there (--private), or let it all run there",
+            )
+        return realised
 
     def reproducible(self, realised: Realised) -> Realised:
         """The same, or where `cut` would not find the same decisions about what to compute again in it, what `cut` will make of it."""
@@ -205,7 +249,8 @@ class Draft:
         )  # fmt: skip
         codecs = {(t.source, t.target): t.codec for t in realised.transfers}
         transfers = plain.transfers({k: stage.name for k, stage in enumerate(realised.stages)})
-        return Realised(stages, tuple(replace(t, codec=codecs.get((t.source, t.target), "raw")) for t in transfers))
+        again = tuple(replace(t, codec=codecs.get((t.source, t.target), "raw")) for t in transfers)
+        return self.kept_private(Realised(stages, again))
 
     @functools.cached_property
     def costly(self) -> GraphCosts:
@@ -298,42 +343,6 @@ class Draft:
                 moved = [*cuts[:k], i, *cuts[k + 1 :]]
                 stage_of = tuple(s for s, (a, b) in enumerate(itertools.pairwise(moved)) for _ in range(a, b))
                 yield Placement(placement.order, stage_of)
-
-
-@dataclass(frozen=True)
-class _Prices:
-    """See `partitioner.layout.Prices`: what sending costs on the link between the stages' nodes, and computing on the node."""
-
-    draft: Draft
-    order: tuple[int, ...]
-
-    def receive_s(self, source: int | None, target: int, size_bytes: int) -> float:
-        draft = self.draft
-        first = 0 if source is None else source
-        a, b = draft.names[self.order[first]], draft.names[self.order[target]]
-        if a == b:
-            return 0.0
-        if source is None and draft.wishes.private:
-            return math.inf
-        link = draft.links.get((a, b))
-        if link is None:
-            return math.inf
-        names = ("raw",) if source is None else draft.wishes.link_codecs.get((a, b), tuple(draft.figures))
-        each = [
-            c.encode_s(size_bytes, a) + size_bytes / c.ratio / link.bandwidth_bytes_per_s + c.decode_s(size_bytes, b)
-            for c in (draft.figures[name] for name in names)
-        ]
-        messages = sum(draft.overheads[node].message_s for node in (a, b))
-        return min(each, default=math.inf) + messages
-
-    def compute_s(self, stage: int, operator: str) -> float:
-        return float(self.draft.seconds[self.order[stage], self.draft.place[operator]])
-
-
-def _measured_codecs(nodes: Sequence[ClusterNode], names: Sequence[str] | None = None) -> Mapping[str, CodecFigures]:
-    """The lossless codecs that every node has measured; raw always."""
-    known = set(names or codec_names()) & set(codec_names())
-    return {name: figures for name, figures in codec_figures(nodes).items() if name in known and get_codec(name).lossless}
 
 
 def _ends(structure: Structure, operators: Sequence[str]) -> dict[str, str]:

@@ -69,7 +69,7 @@ class Layout:
 class Prices(Protocol):
     """What receiving and computing again cost, in seconds; see `partitioner.recompute`. Stages by index; None is the client."""
 
-    def receive_s(self, source: int | None, target: int, size_bytes: int) -> float:
+    def receive_s(self, value: str, source: int | None, target: int) -> float:
         """inf: it must not be sent there."""
         ...
 
@@ -200,7 +200,7 @@ class _Layouter:
     def _receive_s(self, stage: _Stage, value: str) -> float:
         assert self.prices is not None
         source = None if value in self.model_inputs else self.owner.get(self.structure.producer[value].name)
-        return self.prices.receive_s(source, stage.index, self.structure.value_bytes[value])
+        return self.prices.receive_s(value, source, stage.index)
 
     def _settle_sizes(self, stage: _Stage) -> None:
         """Finds each size in the shape of a tensor that is received anyway; else it comes as a number from the stage that owns it; else from

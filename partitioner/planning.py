@@ -10,7 +10,7 @@ from partitioner.cost import CodecFigures
 from partitioner.draft import Draft
 from partitioner.profiling import Profile
 from partitioner.solvers.choosing import pipeline_depth
-from partitioner.solvers.constraints import Constraints, allowed_operators, matching, stage_range
+from partitioner.solvers.constraints import Constraints, matching, stage_range
 from partitioner.solvers.diagnose import why_no_plan
 from partitioner.solvers.graphs import check_objective
 from partitioner.solvers.linear import alternatives, best_in_order
@@ -80,7 +80,7 @@ def plan(
     wishes.check(names, (*codec_names(), *(codecs or ())))
     draft = Draft.make(profile, cluster, usable if nodes is None else [cluster.node(name) for name in nodes], wishes, codecs)
     wishes.check(names, tuple(draft.figures))
-    draft = replace(draft, allowed=allowed_operators(replace(wishes, forbid=()), draft.names, draft.operators))
+    draft = draft.restricted()
     if at is not None:
         return _manual(draft, goal, at)
     allowed = stage_range(len(usable), stages, max_stages)
@@ -122,13 +122,6 @@ def _manual(draft: Draft, goal: Objective, at: Sequence[str]) -> Plan:
     order = tuple(range(len(cuts) + 1))
     positions = (0, *cuts, len(draft.operators))
     placement = Placement.of(Candidate(math.nan, tuple(range(len(cuts) + 2)), order), positions, ())
-    if draft.allowed is not None:
-        for v, stage in enumerate(placement.stage_of):
-            if not draft.allowed[order[stage], v]:
-                raise NoPlan(
-                    f"with these cuts operator {draft.operators[v].name!r} would be on node {draft.names[order[stage]]!r}, where it must not be",
-                    remedy="move the cuts, or take back a pin",
-                )
     scale = draft.scale(goal, range(1, len(order) + 1))
     unlimited = replace(scale, limits=dict.fromkeys(scale.limits, math.inf))
     selected = unlimited.weigh(placement)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from partitioner.structure import Structure, Vertex
+from splitnet.errors import CaptureError
 
 __all__ = ["Choice", "choose", "data_inputs"]
 
@@ -41,7 +42,8 @@ def choose(
     costs nothing, unless `compute_cost` does (whole numbers of one unit, picoseconds say).
 
     `present` values are there anyway. `can_receive(value)` says whether a value may be received; every value whose producer is not
-    cheap must be receivable or present. Of several minimal cuts the one nearest to `needed` is taken: it computes the least again.
+    cheap must be receivable or present: raises CaptureError for one that is neither. Of several minimal cuts the one nearest to `needed` is
+    taken: it computes the least again.
     """
     targets = [value for value in needed if value not in present]
     network = _Network()
@@ -73,7 +75,13 @@ def choose(
     computed: set[str] = set()
     pending = [value for value in targets if value not in received]
     while pending:
-        producer = structure.producer[pending.pop()]
+        value = pending.pop()
+        producer = structure.producer[value]
+        if not producer.cheap:
+            raise CaptureError(
+                f"value {value!r} must not be sent to where it is needed, and cannot be computed there",
+                remedy="let the operators that need it run where it is made",
+            )
         if producer.name not in computed:
             computed.add(producer.name)
             pending.extend(v for v in data_inputs(structure, producer) if v not in received and v not in present)
