@@ -20,7 +20,13 @@ __all__ = ["node"]
     help="Where shards are kept.  [default: ~/.local/share/splitnet/NAME]",
 )
 @click.option("--threads", type=click.IntRange(1), default=None, help="Threads for computing.  [default: one per processor]")
-@click.option("--engine", default="auto", show_default=True, help="Which engine runs the shards.")
+@click.option(
+    "--engine",
+    default="reference",
+    show_default=True,
+    metavar="NAME",
+    help="Which engine runs the shards: reference (the one that the shard names: the model's own bits), auto (the fastest here, by measurement), torch, or onnx.",
+)
 @click.option("--max-tensor", default="1GiB", show_default=True, metavar="SIZE", help="The largest tensor that is taken.")
 @click.option("--buffer", default="2GiB", show_default=True, metavar="SIZE", help="Tensors of all requests held here at one time.")
 @click.option(

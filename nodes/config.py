@@ -10,6 +10,7 @@ import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nodes.engines import REFERENCE, engine_choices
 from splitnet import wire
 from splitnet.errors import BadInput, NotPermitted
 
@@ -30,7 +31,7 @@ class NodeConfig:
     memory_bytes: int = 0  #: what all active stages may reserve; 0: no limit
     data_dir: Path | None = None  #: where shards are kept; None: the user's data directory, under the node's name
     threads: int = field(default_factory=lambda: _processors())  #: intra-op threads of the engines
-    engine: str = "auto"
+    engine: str = REFERENCE  #: one of `nodes.engines.engine_choices`
     max_tensor_bytes: int = wire.MAX_TENSOR_BYTES
     buffer_bytes: int = 2 << 30  #: tensors of all requests held here at one time: received, waiting, to be sent
     request_s: float = 600.0  #: what a request may take that came without a deadline, and at most
@@ -54,6 +55,8 @@ class NodeConfig:
             )
         if not _NAME.match(self.name):
             raise BadInput(f"--name {self.name!r}: expected 1 to 63 letters, digits, '.', '_' or '-'", remedy="choose another name")
+        if self.engine not in engine_choices():
+            raise BadInput(f"--engine {self.engine!r} is not one of {', '.join(engine_choices())}")
         if self.log_level not in LOG_LEVELS:
             raise BadInput(f"--log-level {self.log_level!r} is not one of {', '.join(LOG_LEVELS)}")
         lowest = {"memory_bytes": 0, "threads": 1, "max_tensor_bytes": 1, "buffer_bytes": 1, "request_s": 0, "drain_s": 0}

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from nodes.admission import Admission
 from nodes.compute import ComputeThread
 from nodes.deployment import Deployment, Stage, routes
-from nodes.engines import load_engine
+from nodes.engines import AUTO, load_engine
 from nodes.engines.base import Engine
+from nodes.engines.choosing import choose_engine
 from nodes.ledger import Ledger
 from nodes.link import Links
 from nodes.memory import give_back
@@ -101,15 +102,8 @@ class Installer:
         self._check_memory(name, reserved)
         engines: dict[str, Engine] = {}
         for spec in specs:
-            load = functools.partial(
-                load_engine,
-                found[spec.name],
-                threads=self._config.threads,
-                engine=self._config.engine,
-                max_value_bytes=_VALUE_SHARE * self._config.max_tensor_bytes,
-            )
             try:
-                engines[spec.name] = await self._compute.call(load)
+                engines[spec.name] = await self._compute.call(functools.partial(self._engine, found[spec.name], plan, spec.name))
             except SplitnetError as error:
                 raise error.at(stage=spec.name) from error.__cause__
         stages = {
@@ -126,6 +120,17 @@ class Installer:
             "activated", deployment=name, stages=sorted(stages), reserved_bytes=deployment.reserved_bytes, load_s=round(load_s, 3)
         )
         return deployment, load_s
+
+    def _engine(self, shard: Shard, plan: Plan, stage: str) -> Engine:
+        """In the compute thread."""
+        config = self._config
+        max_value_bytes = _VALUE_SHARE * config.max_tensor_bytes
+        if config.engine != AUTO:
+            return load_engine(shard, threads=config.threads, engine=config.engine, max_value_bytes=max_value_bytes)
+        symbols = plan.prediction.symbols if plan.prediction is not None else {}
+        chosen = choose_engine(shard, symbols, threads=config.threads, max_value_bytes=max_value_bytes)
+        self._log.info("engine chosen", stage=stage, engine=chosen.engine.name, why=chosen.why)
+        return chosen.engine
 
     def _check_memory(self, name: str, reserved: Mapping[str, int]) -> None:
         limit, used, needed = self._config.memory_bytes, self.reserved_bytes, sum(reserved.values())

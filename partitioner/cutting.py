@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from partitioner.graph import ModelGraph, weight_spec
 from partitioner.layout import Layout, StageLayout, lay_out_again
+from partitioner.onnx_export import onnx_member
 from splitnet.errors import BadPlan
 from splitnet.plan import Plan
 from splitnet.shard import Shard, write_shard
@@ -38,7 +39,10 @@ def cut(model: ModelGraph, plan: Plan, directory: str | Path) -> dict[str, Shard
 def write_stage(model: ModelGraph, stage: StageLayout, directory: Path, *, name: str, weights: Iterable[str] | None = None) -> Shard:
     """Writes one stage's shard. `weights`: only these, for a shard that is measured and never serves (default: all)."""
     directory.mkdir(parents=True, exist_ok=True)
-    members: dict[str, bytes | Path] = {"graph.json": model.document(stage).to_bytes()}
+    document = model.document(stage)
+    members: dict[str, bytes | Path] = {"graph.json": document.to_bytes()}
+    onnx_graph, notes = onnx_member(document, model.structure.value)
+    members |= onnx_graph
     if stored := _stored(model.weights, stage.params if weights is None else weights):
         file = directory / "weights.safetensors"
         save_file(stored, str(file))
@@ -54,6 +58,7 @@ def write_stage(model: ModelGraph, stage: StageLayout, directory: Path, *, name:
         members=members,
         param_bytes=stage.param_bytes,
         activation_bytes=stage.activation_bytes,
+        notes=notes,
     )
 
 

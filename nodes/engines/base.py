@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
 
+from splitnet.errors import BadInput
+from splitnet.tensors import DTYPES
+
 if TYPE_CHECKING:
     from splitnet.shard import Shard
+    from splitnet.tensors import TensorSpec
 
-__all__ = ["Engine", "TimedEngine"]
+__all__ = ["Engine", "TimedEngine", "check_inputs"]
 
 
 class Engine(Protocol):
@@ -32,7 +36,7 @@ class Engine(Protocol):
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The shard's outputs by name. `inputs` holds every input of the shard, with the dtypes that its manifest names.
-        Raises BadInput for a missing input, EngineFailure naming the operator where the computation fails; the engine
+        Raises BadInput for a missing input and for one of another dtype, EngineFailure naming the operator where the computation fails; the engine
         stays usable after either."""
         ...
 
@@ -49,3 +53,15 @@ class TimedEngine(Engine, Protocol):
     def run_timed(self, inputs: Mapping[str, np.ndarray], on_operator: Callable[[str, float], None]) -> dict[str, np.ndarray]:
         """As `run`; `on_operator` gets the first value that an operator produces, and its seconds."""
         ...
+
+
+def check_inputs(inputs: Mapping[str, np.ndarray], wanted: Sequence[TensorSpec]) -> None:
+    """Raises BadInput unless each of them is there, with its dtype."""
+    for spec in wanted:
+        array = inputs.get(spec.name)
+        if array is None:
+            raise BadInput(f"input {spec.name!r} is missing; the stage needs {', '.join(s.name for s in wanted)}")
+        if array.dtype != DTYPES[spec.dtype]:
+            raise BadInput(
+                f"input {spec.name!r}: expected {spec.dtype}, got {array.dtype}", remedy=f"convert it: array.astype({spec.dtype!r})"
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import ml_dtypes
@@ -11,11 +11,13 @@ import numpy as np
 import safetensors
 import torch
 
-from splitnet.errors import BadInput, BadShard
+from nodes.engines.base import check_inputs
+from splitnet.errors import BadShard
 from splitnet.graph import GraphDocument, Operator, WeightSpec, parse
 from splitnet.interpreter import Program
 from splitnet.output_sizes import MAX_VALUE_BYTES
 from splitnet.shard import Shard
+from splitnet.tensors import TensorSpec
 
 __all__ = ["TorchGraphEngine", "to_array", "to_tensor"]
 
@@ -28,8 +30,15 @@ class TorchGraphEngine:
 
     name: ClassVar[str] = "torch-graph"
 
-    def __init__(self, document: GraphDocument, weights: Mapping[str, torch.Tensor], max_value_bytes: int = MAX_VALUE_BYTES) -> None:
+    def __init__(
+        self,
+        document: GraphDocument,
+        weights: Mapping[str, torch.Tensor],
+        inputs: Sequence[TensorSpec],
+        max_value_bytes: int = MAX_VALUE_BYTES,
+    ) -> None:
         self._inputs = document.inputs
+        self._specs = inputs
         self._outputs = document.outputs
         self._memory_bytes = sum(w.nbytes for w in weights.values())
         self._program = Program(document, torch, weights, max_value_bytes=max_value_bytes)
@@ -44,7 +53,7 @@ class TorchGraphEngine:
         ):
             if sorted(spec.name for spec in listed) != sorted(there):
                 raise BadShard(f"{shard.path}: the manifest's {what}s are not the graph's", remedy="cut the model again")
-        return cls(document, _load_weights(shard, document.weights, made_up), max_value_bytes)
+        return cls(document, _load_weights(shard, document.weights, made_up), shard.manifest.inputs, max_value_bytes)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return self._run(inputs, None)
@@ -57,15 +66,13 @@ class TorchGraphEngine:
         return self._run(inputs, on_step)
 
     def _run(self, inputs: Mapping[str, np.ndarray], on_step: Callable[[Operator, float, Any], None] | None) -> dict[str, np.ndarray]:
+        check_inputs(inputs, self._specs)
         values: list[Any] = []
         # no_grad, and weights that say they are trainable, as in the original: torch chooses kernels by that, and in inference mode it
         # would not see it.
         with torch.no_grad():
             for given in self._inputs:
-                try:
-                    array = inputs[given.name]
-                except KeyError:
-                    raise BadInput(f"input {given.name!r} is missing; the stage needs {', '.join(i.name for i in self._inputs)}") from None
+                array = inputs[given.name]
                 values.append(to_tensor(array) if given.kind == "tensor" else _NUMBERS[given.kind](array.item()))
             results = self._program.run(values, on_step)
             return {name: to_array(value) for name, value in zip(self._outputs, results, strict=True)}

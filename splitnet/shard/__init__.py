@@ -4,6 +4,8 @@ A shard is a directory (or the same packed in one .zip file):
 
     manifest.json         what the shard is, and the sha256 and size of every other member
     graph.json            the sub-graph (see `splitnet.graph`): operators by name, from an allow-list
+    graph.onnx            the same sub-graph for ONNX Runtime (see `splitnet.onnx_format`), where it has a counterpart; a shard of engine
+                          format "onnx", cut from a .onnx file, holds this one only
     weights.safetensors   its tensors; absent where it has none, `weights-00001-of-00003.safetensors`, ... where it is large
 
 The manifest is canonical JSON, so the same content has the same bytes, and the sha256 of those bytes names the shard. Nothing in

@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from splitnet import onnx_format
 from splitnet.errors import BadShard
 from splitnet.graph import parse
+from splitnet.onnx_nouns import ONNX_MEMBER
 from splitnet.shard.manifest import (
     DEFAULT_LIMITS,
     ENGINE_FORMATS,
@@ -69,6 +71,7 @@ def write_shard(
     members: Mapping[str, bytes | Path],
     param_bytes: int,
     activation_bytes: int,
+    notes: Sequence[str] = (),
 ) -> Shard:
     """Writes the members and, last, the manifest. A member given as a path is copied (or left, where it already stands at its
     place). A shard that was in the directory is replaced. Raises BadShard for content that `open_shard` would refuse, and leaves
@@ -95,6 +98,7 @@ def write_shard(
         param_bytes=param_bytes,
         activation_bytes=activation_bytes,
         members=written,
+        notes=tuple(notes),
     )
     weight_bytes = sum(check_member(directory / name, name, place=f"{directory}: {name}") for name in written)
     check_param_bytes(manifest, weight_bytes, str(directory))
@@ -146,6 +150,11 @@ def check_member(file: Path, name: str, *, place: str = "", limits: ShardLimits 
         if size > limits.graph_bytes:
             fault(place, f"the graph has {size} bytes, the limit is {limits.graph_bytes}")
         _check_graph(file.read_bytes(), place)
+    if name == ONNX_MEMBER:
+        size = file.stat().st_size
+        if size > limits.graph_bytes:
+            fault(place, f"the graph has {size} bytes, the limit is {limits.graph_bytes}")
+        onnx_format.from_bytes(file.read_bytes(), place=place)
     return 0
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from splitnet.errors import BadInput, BadShard
+from splitnet.onnx_nouns import ONNX_MEMBER
 from splitnet.tensors import TensorSpec
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
 
 SHARD_VERSION = 1
 _FORMAT = "splitnet-shard"
+_MAX_NOTES = 16
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _WEIGHTS = r"weights\.safetensors|weights-\d{5}-of-\d{5}\.safetensors"
 _PICKLE_NAMES = (".pkl", ".pickle", ".pt", ".pth", ".pt2", ".bin", ".ckpt", ".joblib", ".npy", ".npz", ".dill")
@@ -56,7 +58,8 @@ class EngineFormat:
 
 #: Every engine format that this version reads. A new one is one line here (and its content check in `directory.check_member`).
 ENGINE_FORMATS: Mapping[str, EngineFormat] = {
-    "torch-graph": EngineFormat(frozenset({"graph.json"}), re.compile(_WEIGHTS)),
+    "torch-graph": EngineFormat(frozenset({"graph.json"}), re.compile(rf"graph\.onnx|{_WEIGHTS}")),
+    "onnx": EngineFormat(frozenset({ONNX_MEMBER}), re.compile(_WEIGHTS)),  # of a model that came as a .onnx file
 }
 
 
@@ -69,7 +72,7 @@ class Member:
 @dataclass(frozen=True)
 class Manifest:
     """What a shard is. Raises BadShard when a field is not what it must be. `param_bytes` and `activation_bytes` (at the example
-    batch) are what a node reserves to serve it."""
+    batch) are what a node reserves to serve it. `notes`: what a person should know of it, such as why it has no ONNX graph."""
 
     model: str
     model_sha256: str
@@ -81,13 +84,14 @@ class Manifest:
     activation_bytes: int
     members: Mapping[str, Member] = field(default_factory=dict)
     version: int = SHARD_VERSION
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check(self)
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: the same manifest has the same bytes everywhere."""
-        document = {
+        document: dict[str, Any] = {
             "format": _FORMAT,
             "version": self.version,
             "model": self.model,
@@ -100,6 +104,8 @@ class Manifest:
             "activation_bytes": self.activation_bytes,
             "members": {name: {"sha256": m.sha256, "size_bytes": m.size_bytes} for name, m in self.members.items()},
         }
+        if self.notes:
+            document["notes"] = list(self.notes)
         return json.dumps(document, sort_keys=True, separators=(",", ":")).encode() + b"\n"
 
     @property
@@ -210,6 +216,8 @@ def _check(m: Manifest) -> None:
         )
     for name in ("param_bytes", "activation_bytes"):
         _size(getattr(m, name), name)
+    if len(m.notes) > _MAX_NOTES or not all(isinstance(note, str) and len(note) <= 1024 and note.isprintable() for note in m.notes):
+        fault("", f"notes: expected at most {_MAX_NOTES} texts of at most 1024 printable characters")
     for side, specs in (("inputs", m.inputs), ("outputs", m.outputs)):
         names = [spec.name for spec in specs]
         for i, spec in enumerate(specs):
@@ -248,7 +256,7 @@ def _size(value: object, at: str) -> None:
 
 def _fields(d: Mapping[str, Any], place: str, limits: ShardLimits) -> dict[str, Any]:
     expected = {"format", *Manifest.__dataclass_fields__}
-    if missing := sorted(expected - set(d)):
+    if missing := sorted(expected - set(d) - {"notes"}):
         fault(place, f"{missing[0]}: missing")
     if unknown := sorted(set(d) - expected):
         fault(place, f"unknown key {unknown[0]!r:.80}")
@@ -260,7 +268,10 @@ def _fields(d: Mapping[str, Any], place: str, limits: ShardLimits) -> dict[str, 
     for name, member in members.items():
         if not isinstance(member, dict) or set(member) != {"sha256", "size_bytes"}:
             fault(place, f"members[{name!r:.80}]: expected an object with sha256 and size_bytes")
-    values = {key: d[key] for key in expected - {"format"}}
+    notes = d.get("notes", [])
+    if not isinstance(notes, list):
+        fault(place, f"notes: expected a list, got {type(notes).__name__}")
+    values = {key: d[key] for key in expected - {"format", "notes"}} | {"notes": tuple(notes)}
     values["inputs"] = _specs(d["inputs"], f"{place}: inputs")
     values["outputs"] = _specs(d["outputs"], f"{place}: outputs")
     values["members"] = {name: Member(**member) for name, member in members.items()}

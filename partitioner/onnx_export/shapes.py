@@ -1,0 +1,394 @@
+"""Sizes, layouts, slices, joins, indices, and tensors made of sizes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from partitioner.onnx_export.arithmetic import floor_div
+from partitioner.onnx_export.builder import Builder, Converter, Unconvertible, axis_of, is_float
+from splitnet.graph import Dtype, Operator, Ref
+from splitnet.tensors import DTYPES
+
+__all__ = ["CONVERTERS"]
+
+CONVERTERS: dict[str, Converter] = {}
+_Args = Mapping[str, Any]
+_END = (1 << 63) - 1
+_LARGEST_CONSTANT = 1 << 16  # elements; a longer row of numbers is counted by the engine
+
+# ----------------------------------------------------------------------------------------------------------------------- sizes
+
+
+def _size(b: Builder, a: _Args, op: Operator) -> str:
+    return _dimension(b, a["0"], a["1"])
+
+
+def _dimension(b: Builder, tensor: Any, axis: int) -> str:
+    shape = b.emit("Shape", b.value(tensor), dtype="int64", shape=(b.rank(tensor),))
+    return b.emit("Gather", shape, b.scalar(axis_of(axis, b.rank(tensor)), "int64"), dtype="int64")
+
+
+def _read(b: Builder, a: _Args, op: Operator) -> str:
+    size = _dimension(b, a["0"], a["1"])
+    if a["3"]:
+        size = b.emit("Sub", size, b.scalar(a["3"], "int64"), dtype="int64")
+    return size if a["2"] == 1 else b.emit("Div", size, b.scalar(a["2"], "int64"), dtype="int64")
+
+
+def _sized(target: str) -> Converter:
+    def run(b: Builder, a: _Args, op: Operator) -> str:
+        kinds = {b.dtype(b.value(argument)) for argument in a.values()}
+        dtype = "int64" if kinds <= {"int64", "bool"} else "float64"
+        values = [b.value(argument, dtype) for argument in a.values()]
+        if target == "FloorDiv":
+            if dtype != "int64":
+                raise Unconvertible("of floats")
+            return floor_div(b, values[0], values[1], dtype)
+        if target == "TrueDiv":
+            return b.emit("Div", *(b.cast(value, "float64") for value in values), dtype="float64")
+        made = "bool" if target in ("Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual") else dtype
+        return b.emit(target, *values, dtype=made)
+
+    return run
+
+
+CONVERTERS |= {f"py.{name}": _sized(target) for name, target in {
+    "add": "Add", "sub": "Sub", "mul": "Mul", "floordiv": "FloorDiv", "truediv": "TrueDiv", "mod": "Mod", "neg": "Neg", "abs": "Abs", "min": "Min",
+    "max": "Max", "eq": "Equal", "lt": "Less", "gt": "Greater", "le": "LessOrEqual", "ge": "GreaterOrEqual",
+}.items()}  # fmt: skip
+CONVERTERS |= {
+    "py.size": _size,
+    "py.read": _read,
+    "py.int": lambda b, a, op: b.value(a["0"], "int64"),
+    "py.float": lambda b, a, op: b.value(a["0"], "float64"),
+    "py.sqrt": lambda b, a, op: b.emit("Sqrt", b.value(a["0"], "float64"), dtype="float64"),
+}
+
+# --------------------------------------------------------------------------------------------------------------------- layouts
+
+
+def _reshape(b: Builder, x: str, sizes: Sequence[Any]) -> str:
+    if any(isinstance(size, int) and size == 0 for size in sizes):
+        raise Unconvertible("to an empty shape")
+    return b.emit("Reshape", x, b.sizes(sizes), dtype=b.dtype(x), shape=tuple(s if isinstance(s, int) and s >= 0 else "?" for s in sizes))
+
+
+def _view(b: Builder, a: _Args, op: Operator) -> str:
+    return _reshape(b, b.value(a["self"]), a["size"] if "size" in a else a["shape"])
+
+
+def _flatten(b: Builder, a: _Args, op: Operator) -> str:
+    rank = b.rank(a["self"])
+    start, end = axis_of(a["start_dim"], rank), axis_of(a["end_dim"], rank)
+    if not rank:
+        return _reshape(b, b.value(a["self"]), [-1])
+    sizes: list[Any] = [0] * start + [-1]  # 0: as it was
+    if end != rank - 1:
+        sizes += [b.known(a["self"], axis) for axis in range(end + 1, rank)]
+    return b.emit("Reshape", b.value(a["self"]), b.ints(*sizes), dtype=b.dtype(a["self"]))
+
+
+def _permute(b: Builder, a: _Args, op: Operator) -> str:
+    rank = b.rank(a["self"])
+    return b.transpose(b.value(a["self"]), [axis_of(axis, rank) for axis in a["dims"]])
+
+
+def _transpose(b: Builder, a: _Args, op: Operator) -> str:
+    rank = b.rank(a["self"])
+    order = list(range(rank))
+    if rank:
+        first, second = axis_of(a.get("dim0", 0), rank), axis_of(a.get("dim1", rank - 1), rank)
+        order[first], order[second] = order[second], order[first]
+    return b.transpose(b.value(a["self"]), order)
+
+
+def _unsqueeze(b: Builder, a: _Args, op: Operator) -> str:
+    return b.unsqueeze(b.value(a["self"]), axis_of(a["dim"], b.rank(a["self"]) + 1))
+
+
+def _squeeze(b: Builder, a: _Args, op: Operator) -> str:
+    shape = b.shape(a["self"])
+    dims = range(len(shape)) if "dim" not in a else [a["dim"]] if isinstance(a["dim"], int) else a["dim"]
+    gone = sorted({axis_of(axis, len(shape)) for axis in dims if shape[axis] == 1})
+    return b.squeeze(b.value(a["self"]), *gone) if gone else b.value(a["self"])
+
+
+def _expand(b: Builder, a: _Args, op: Operator) -> str:
+    sizes = [1 if isinstance(size, int) and size == -1 else size for size in a["size"]]
+    x = b.value(a["self"])
+    return b.emit("Expand", x, b.sizes(sizes), dtype=b.dtype(x)) if sizes else x
+
+
+def _expand_as(b: Builder, a: _Args, op: Operator) -> str:
+    shape = b.emit("Shape", b.value(a["other"]), dtype="int64", shape=(b.rank(a["other"]),))
+    return b.emit("Expand", b.value(a["self"]), shape, dtype=b.dtype(a["self"]))
+
+
+def _repeat(b: Builder, a: _Args, op: Operator) -> str:
+    x, more = b.value(a["self"]), len(a["repeats"]) - b.rank(a["self"])
+    if more:
+        x = b.unsqueeze(x, *range(more))
+    return b.emit("Tile", x, b.sizes(a["repeats"]), dtype=b.dtype(x))
+
+
+CONVERTERS |= {f"aten.{name}.default": _view for name in ("view", "_unsafe_view", "reshape")}
+CONVERTERS |= {
+    "aten.flatten.using_ints": _flatten,
+    "aten.permute.default": _permute,
+    "aten.transpose.int": _transpose,
+    "aten.t.default": _transpose,
+    "aten.unsqueeze.default": _unsqueeze,
+    "aten.expand.default": _expand,
+    "aten.expand_as.default": _expand_as,
+    "aten.repeat.default": _repeat,
+}
+CONVERTERS |= {f"aten.squeeze.{overload}": _squeeze for overload in ("default", "dim", "dims")}
+
+# ------------------------------------------------------------------------------------------------------------ slices and joins
+
+
+def _select(b: Builder, a: _Args, op: Operator) -> str:
+    x = b.value(a["self"])
+    return b.emit("Gather", x, b.value(a["index"], "int64"), dtype=b.dtype(x), axis=axis_of(a["dim"], b.rank(x)))
+
+
+def _slice(b: Builder, a: _Args, op: Operator) -> str:
+    x = b.value(a["self"])
+    start, end = (0 if a["start"] is None else a["start"]), (_END if a["end"] is None else a["end"])
+    return b.slice(x, axis_of(a["dim"], b.rank(x)), start, end, a["step"])
+
+
+def _narrow(b: Builder, a: _Args, op: Operator) -> str:
+    if not isinstance(a["start"], int) or not isinstance(a["length"], int) or a["start"] < 0:
+        raise Unconvertible("at a computed place")
+    x = b.value(a["self"])
+    return b.slice(x, axis_of(a["dim"], b.rank(x)), a["start"], a["start"] + a["length"])
+
+
+def _cat(b: Builder, a: _Args, op: Operator) -> str:
+    given = [tensor for tensor in a["tensors"] if b.shape(tensor) != (0,)]  # torch passes over what has no dimensions to speak of
+    dtypes = [b.dtype(tensor) for tensor in given]
+    dtype = dtypes[0]
+    for other in dtypes[1:]:
+        dtype = str(np.promote_types(DTYPES[dtype], DTYPES[other]))
+    return b.emit("Concat", *(b.value(tensor, dtype) for tensor in given), dtype=dtype, axis=axis_of(a["dim"], b.rank(given[0])))
+
+
+def _stack(b: Builder, a: _Args, op: Operator) -> str:
+    axis = axis_of(a["dim"], b.rank(a["tensors"][0]) + 1)
+    parts = [b.unsqueeze(b.value(tensor), axis) for tensor in a["tensors"]]
+    return b.emit("Concat", *parts, dtype=b.dtype(parts[0]), axis=axis)
+
+
+def _split(b: Builder, a: _Args, op: Operator) -> list[str]:
+    x = b.value(a["self"])
+    axis = axis_of(a["dim"], b.rank(x))
+    if "split_sizes" in a:
+        sizes = list(a["split_sizes"])
+    else:
+        whole = b.known(x, axis)
+        each = a["split_size"] if "split_size" in a else -(-whole // a["chunks"])
+        if not isinstance(each, int):
+            raise Unconvertible("into a computed size")
+        sizes = [min(each, whole - start) for start in range(0, whole, each)]
+    results = [(b.dtype(x), tuple(size if i == axis else s for i, s in enumerate(b.shape(x)))) for size in sizes]
+    return b.emit_all("Split", [x, b.sizes(sizes)], results, axis=axis)
+
+
+def _unbind(b: Builder, a: _Args, op: Operator) -> list[str]:
+    x = b.value(a["self"])
+    axis = axis_of(a["dim"], b.rank(x))
+    return [b.emit("Gather", x, b.scalar(i, "int64"), dtype=b.dtype(x), axis=axis) for i in range(b.known(x, axis))]
+
+
+def _roll(b: Builder, a: _Args, op: Operator) -> str:
+    x, shape = b.value(a["self"]), b.shape(a["self"])
+    if not a["dims"]:
+        raise Unconvertible("of the flattened tensor")
+    for shift, dim in zip(a["shifts"], a["dims"], strict=True):
+        axis = axis_of(dim, len(shape))
+        size = b.known(a["self"], axis)
+        if size and (at := -shift % size):
+            x = b.emit("Concat", b.slice(x, axis, at, _END), b.slice(x, axis, 0, at), dtype=b.dtype(x), shape=shape, axis=axis)
+    return x
+
+
+def _flip(b: Builder, a: _Args, op: Operator) -> str:
+    x = b.value(a["self"])
+    for dim in a["dims"]:
+        x = b.slice(x, axis_of(dim, b.rank(x)), -1, -_END, -1)
+    return x
+
+
+def _pad(b: Builder, a: _Args, op: Operator) -> str:
+    x, rank, widths = b.value(a["self"]), b.rank(a["self"]), list(a["pad"] if "pad" in a else a["padding"])
+    if not all(isinstance(width, int) for width in widths):
+        raise Unconvertible("by a computed width")
+    if not any(widths):
+        return x
+    mode = str(a.get("mode", "constant"))
+    modes = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
+    if mode not in modes:
+        raise Unconvertible(f"in the mode {mode!r}")
+    pairs = [(widths[2 * i], widths[2 * i + 1]) for i in range(len(widths) // 2)]  # from the last axis on
+    pairs = [(0, 0)] * (rank - len(pairs)) + pairs[::-1]
+    dtype = b.dtype(x)
+    listed = b.ints(*(before for before, _ in pairs), *(after for _, after in pairs))
+    filling = [b.value(a.get("value") or 0, dtype)] if mode == "constant" else []
+    return b.emit("Pad", x, listed, *filling, dtype=dtype, mode=modes[mode])
+
+
+def _diff(b: Builder, a: _Args, op: Operator) -> str:
+    x = b.value(a["self"])
+    axis, dtype = axis_of(a["dim"], b.rank(x)), b.dtype(x)
+    if a["n"] != 1 or dtype == "bool":
+        raise Unconvertible(f"{a['n']} times, of {dtype}")
+    parts = [b.value(part, dtype) for part in (a["prepend"], a["self"], a["append"]) if part is not None]
+    if len(parts) > 1:
+        x = b.emit("Concat", *parts, dtype=dtype, shape=("?",) * b.rank(x), axis=axis)
+    return b.emit("Sub", b.slice(x, axis, 1, _END), b.slice(x, axis, 0, -1), dtype=dtype)
+
+
+def _triangle(upper: int) -> Converter:
+    def run(b: Builder, a: _Args, op: Operator) -> str:
+        x = b.value(a["self"])
+        if (dtype := b.dtype(x)) == "bool":  # the kernel knows numbers
+            made = b.emit("Trilu", b.cast(x, "int64"), b.scalar(a["diagonal"], "int64"), dtype="int64", upper=upper)
+            return b.cast(made, dtype)
+        return b.emit("Trilu", x, b.scalar(a["diagonal"], "int64"), dtype=dtype, upper=upper)
+
+    return run
+
+
+CONVERTERS |= {
+    "aten.select.int": _select,
+    "aten.slice.Tensor": _slice,
+    "aten.narrow.default": _narrow,
+    "aten.cat.default": _cat,
+    "aten.stack.default": _stack,
+    "aten.split.Tensor": _split,
+    "aten.split_with_sizes.default": _split,
+    "aten.chunk.default": _split,
+    "aten.unbind.int": _unbind,
+    "aten.roll.default": _roll,
+    "aten.flip.default": _flip,
+    "aten.pad.default": _pad,
+    "aten.constant_pad_nd.default": _pad,
+    "aten.diff.default": _diff,
+    "aten.tril.default": _triangle(0),
+    "aten.triu.default": _triangle(1),
+}
+
+# --------------------------------------------------------------------------------------------------------------------- indices
+
+
+def _embedding(b: Builder, a: _Args, op: Operator) -> str:
+    return b.emit("Gather", b.value(a["weight"]), b.value(a["indices"]), dtype=b.dtype(a["weight"]), axis=0)
+
+
+def _index_select(b: Builder, a: _Args, op: Operator) -> str:
+    x = b.value(a["self"])
+    return b.emit("Gather", x, b.value(a["index"]), dtype=b.dtype(x), axis=axis_of(a["dim"], b.rank(x)))
+
+
+def _gather(b: Builder, a: _Args, op: Operator) -> str:
+    x = b.value(a["self"])
+    return b.emit("GatherElements", x, b.value(a["index"]), dtype=b.dtype(x), axis=axis_of(a["dim"], b.rank(x)))
+
+
+def _index(b: Builder, a: _Args, op: Operator) -> str:
+    x, dtype = b.value(a["self"]), b.dtype(a["self"])
+    at = [axis for axis, index in enumerate(a["indices"]) if index is not None]
+    indices = [a["indices"][axis] for axis in at]
+    if any(not b.dtype(index).startswith("int") for index in indices):
+        raise Unconvertible("by a mask")
+    if len(at) == 1:
+        return b.emit("Gather", x, b.value(indices[0]), dtype=dtype, axis=at[0])
+    values = [b.value(index, "int64") for index in indices]
+    zeros = [b.emit("Mul", value, b.scalar(0, "int64"), dtype="int64") for value in values]
+    whole = zeros[0]
+    for zero in zeros[1:]:
+        whole = b.emit("Add", whole, zero, dtype="int64")
+    width = max(b.rank(index) for index in indices)
+    tuples = []
+    for value in values:
+        spread = b.emit("Add", value, whole, dtype="int64", shape=("?",) * width)
+        tuples.append(b.unsqueeze(spread, width))
+    joined = b.emit("Concat", *tuples, dtype="int64", axis=width)
+    rest = [axis for axis in range(b.rank(x)) if axis not in at]
+    made = b.emit("GatherND", b.transpose(x, [*at, *rest]), joined, dtype=dtype, shape=("?",) * (width + len(rest)))
+    if at == list(range(at[0], at[0] + len(at))) and at[0]:  # neighbours keep their place; others come first
+        ahead = at[0]
+        made = b.transpose(made, [*range(width, width + ahead), *range(width), *range(width + ahead, width + len(rest))])
+    return made
+
+
+CONVERTERS |= {
+    "aten.embedding.default": _embedding,
+    "aten.index_select.default": _index_select,
+    "aten.gather.default": _gather,
+    "aten.index.Tensor": _index,
+}
+
+# ------------------------------------------------------------------------------------------------------------- made of sizes
+
+
+def _kind(b: Builder, a: _Args, like: Any, otherwise: str) -> str:
+    if isinstance(a.get("dtype"), Dtype):
+        return str(a["dtype"].name)
+    return b.dtype(like) if like is not None else otherwise
+
+
+def _filled(b: Builder, sizes: Sequence[Any], number: Any, dtype: str) -> str:
+    fixed = all(isinstance(size, int) for size in sizes)
+    if fixed and math.prod(sizes) == 1 and not isinstance(number, Ref):
+        return b.constant(np.full(tuple(sizes), number).astype(DTYPES[dtype]))
+    return b.emit("Expand", b.value(number, dtype), b.sizes(sizes), dtype=dtype) if sizes else b.value(number, dtype)
+
+
+def _full(number: Any, like: str = "") -> Converter:
+    def run(b: Builder, a: _Args, op: Operator) -> str:
+        filling = a["fill_value"] if number is None else number
+        default = "float32" if isinstance(filling, float) or number is not None else "bool" if isinstance(filling, bool) else "int64"
+        return _filled(b, a["size"], filling, _kind(b, a, a[like] if like else None, default))
+
+    return run
+
+
+def _full_like(number: Any) -> Converter:
+    def run(b: Builder, a: _Args, op: Operator) -> str:
+        shape = b.emit("Shape", b.value(a["self"]), dtype="int64", shape=(b.rank(a["self"]),))
+        dtype = _kind(b, a, a["self"], "")
+        filling = a["fill_value"] if number is None else number
+        return b.emit("Expand", b.value(filling, dtype), shape, dtype=dtype)
+
+    return run
+
+
+def _arange(b: Builder, a: _Args, op: Operator) -> str:
+    start, end, step = a.get("start", 0), a["end"], a.get("step", 1)
+    numbers = (start, end, step)
+    dtype = a["dtype"].name if isinstance(a.get("dtype"), Dtype) else "float32" if any(isinstance(n, float) for n in numbers) else "int64"
+    if all(isinstance(n, int) for n in numbers) and len(range(*numbers)) <= _LARGEST_CONSTANT:
+        return b.constant(np.arange(*numbers).astype(DTYPES[dtype]))
+    counted = "float32" if is_float(dtype) else "int64"
+    return b.cast(b.emit("Range", *(b.value(n, counted) for n in numbers), dtype=counted, shape=("?",)), dtype)
+
+
+CONVERTERS |= {
+    "aten.full.default": _full(None),
+    "aten.new_full.default": _full(None, "self"),
+    "aten.zeros.default": _full(0),
+    "aten.ones.default": _full(1),
+    "aten.new_zeros.default": _full(0, "self"),
+    "aten.new_ones.default": _full(1, "self"),
+    "aten.full_like.default": _full_like(None),
+    "aten.zeros_like.default": _full_like(0),
+    "aten.ones_like.default": _full_like(1),
+    "aten.scalar_tensor.default": lambda b, a, op: b.value(a["s"], a["dtype"].name if isinstance(a["dtype"], Dtype) else "float32"),
+}
+CONVERTERS |= {f"aten.arange.{overload}": _arange for overload in ("default", "start", "start_step")}
