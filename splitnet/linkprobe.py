@@ -28,9 +28,10 @@ from splitnet.rpc.v1 import node_pb2
 __all__ = ["LinkMeasurement", "LinkSample", "Train", "fit_link", "measure_link", "take_turns"]
 
 _PINGS = 20
-_TRAIN_MESSAGES = 16
-_SMALLEST_BYTES, _LARGEST_BYTES = 1 << 14, 1 << 24  # of a train: then its messages are as large as an activation's chunks
-_MOST_TRAINS = 50
+_FEWEST_MESSAGES, _MOST_MESSAGES = 4, 16  # of a train: a weak node spends more on a small message than its link does
+_MESSAGE_BYTES = 1 << 14  # of a train with neither
+_SMALLEST_BYTES, _LARGEST_BYTES = 1 << 14, 1 << 24  # of a train; the messages of the longest are as large as an activation's chunks
+_FEWEST_TRAINS, _MOST_TRAINS = 4, 50  # the fewest may take twice the time allowed: a box that is held up once must not be all that is seen
 _PAUSE_S = 0.005  # between one stage's message and the next there is computing
 _GRACE_S = 10.0
 
@@ -72,9 +73,13 @@ async def measure_link(stub: Any, budget_s: float = 2.0) -> LinkMeasurement:
             await asyncio.sleep(_PAUSE_S)  # two ends that talk without one are awake, and answer in half the time
             return (await _train(call, 1, 1))[-1].seconds
 
+        async def train(size: int) -> Train:
+            count = min(max(size // _MESSAGE_BYTES, _FEWEST_MESSAGES), _MOST_MESSAGES)
+            return await _train(call, count, size // count)
+
         pings, trains = await take_turns(
             ping,
-            lambda size: _train(call, _TRAIN_MESSAGES, size // _TRAIN_MESSAGES),
+            train,
             lambda: budget_s - (time.perf_counter() - start),
             budget_s,
         )
@@ -96,12 +101,13 @@ async def take_turns(
     size = _SMALLEST_BYTES
     trains = [await train(size)]  # however far away the peer is: round trips alone tell no bandwidth
     for _ in range(_MOST_TRAINS):
-        longest_s = min(budget_s / 4, left_s())
+        spare_s = left_s() + (budget_s if len(trains) < _FEWEST_TRAINS else 0.0)
+        longest_s = min(budget_s / 4, spare_s)
         if 4 * size <= _LARGEST_BYTES and _expected_s(pings, trains[-1], 4 * size) < longest_s / 2:
             size *= 4
         elif 2 * size <= _LARGEST_BYTES and _expected_s(pings, trains[-1], 2 * size) < longest_s:
             size *= 2
-        elif _expected_s(pings, trains[-1], size) < left_s():
+        elif _expected_s(pings, trains[-1], size) < spare_s:
             pings.append(await ping())
         else:
             break
