@@ -56,6 +56,9 @@ class SectionWriter:
     def byte(self, value: int) -> None:
         self._parts.append(bytes((value,)))
 
+    def plain(self, value: bytes) -> None:
+        self._parts.append(value)
+
     def number(self, value: int) -> None:
         self._parts.append(_HEAD.pack(value))
 
@@ -96,6 +99,12 @@ class SectionReader:
         if not self._rest:
             raise self.wrong("cut off")
         value, self._rest = self._rest[0], self._rest[1:]
+        return value
+
+    def plain(self, size_bytes: int) -> bytes:
+        if size_bytes > len(self._rest):
+            raise self.wrong("cut off")
+        value, self._rest = self._rest[:size_bytes].tobytes(), self._rest[size_bytes:]
         return value
 
     def number(self, most: int) -> int:

@@ -106,7 +106,7 @@ def float_chunks(draw: st.DrawFn) -> np.ndarray:
 
 @each_codec
 @given(chunk=float_chunks())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_the_error_bound_holds_and_what_is_not_finite_stays_so(codec: Codec, chunk: np.ndarray) -> None:
     out = decoded(codec, codec.encode(chunk), chunk)
     true, found = as_reals(chunk), as_reals(out)
@@ -201,7 +201,7 @@ def test_a_payload_that_is_not_the_chunks_is_refused(codec: Codec, change: str) 
 
 @each_codec
 @given(payload=st.binary(max_size=200), size=st.integers(1, 50), dtype=st.sampled_from(sorted(DTYPES)))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_garbage_decodes_or_is_refused(codec: Codec, payload: bytes, size: int, dtype: str) -> None:
     guarded = np.full(size + 2, 1, DTYPES[dtype])
     try:
@@ -215,7 +215,7 @@ def test_garbage_decodes_or_is_refused(codec: Codec, payload: bytes, size: int, 
 
 @each_codec
 @given(flips=st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(1, 255)), min_size=1, max_size=4))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_flipped_bytes_decode_or_are_refused(codec: Codec, flips: list[tuple[int, int]]) -> None:
     payload = bytearray(codec.encode(chunk_of("float32", 300)))
     for place, change in flips:
