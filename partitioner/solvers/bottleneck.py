@@ -20,7 +20,6 @@ __all__ = ["Bottleneck"]
 
 _NEVER = -np.inf
 _LESS = 1 - 1e-12
-_NEAR = 3e-3  # where choices are dropped nothing is proven, and closer is not worth the time
 _ANY = 1e30  # seconds: no limit, and yet finite
 
 
@@ -33,27 +32,23 @@ class _Filled:
 
 class Bottleneck:
     """For a problem of kinds; `sizes` says how many devices each has. `spends` (C, L+1) is the error of a codec at a cut in whole units, of
-    which there are `units`. `width` keeps so many choices of devices per level (default: all); with fewer, what is not found
-    may still exist."""
+    which there are `units`."""
 
     def __init__(
-        self, problem: ChainProblem, sizes: tuple[int, ...], allowed: range, *, spends: np.ndarray, units: int = 0, width: int | None = None,
+        self, problem: ChainProblem, sizes: tuple[int, ...], allowed: range, *, spends: np.ndarray, units: int = 0
     ) -> None:  # fmt: skip
-        self.problem, self.sizes, self.allowed, self.width = problem, sizes, allowed, width
+        self.problem, self.sizes, self.allowed = problem, sizes, allowed
         self.kinds, self.length = len(problem.devices), problem.length
         self.firsts = 1
         self.errors, self.spends = units + 1, spends
-        self.dropped = False
-        possible = problem.possible
-        # The last end of a stage that starts at j, per kind; all ends before it are possible too.
-        self.last_end = np.where(possible.any(axis=2), self.length - possible[:, :, ::-1].argmax(axis=2), 0)
+        self.last_end = problem.last_end
         self.free = [bool((self.last_end[k, :-1] == self.length).all()) for k in range(self.kinds)]
         steps: list[Step] = []
         level, most = start(sizes), min(max(allowed, default=0), sum(sizes), self.length)
-        while width is None and len(steps) < most and (step := next_level(level, sizes)) is not None:
+        while len(steps) < most and (step := next_level(level, sizes)) is not None:
             steps.append(step)
             level = step.level
-        self.steps, self.most = steps, most
+        self.steps = steps
 
     def solve(self, low: float, high: float, start_from: Candidate | None = None) -> tuple[Candidate | None, float]:
         """(the best plan of several stages below `high`, a bound that holds for every such plan). Without one: (None, the bound)."""
@@ -63,8 +58,6 @@ class Bottleneck:
             return found, high
         found, best = first, first.value_s
         while best > low and best > 0:
-            if self.width is not None and best - low <= _NEAR * best:
-                break
             middle = (low + best) / 2
             if best - low <= 0.02 * best:
                 if (better := self.within(best * _LESS)) is None:
@@ -88,10 +81,8 @@ class Bottleneck:
         self.firsts = 1 if ((problem.back_wire_s <= limit) | alone).all() else self.kinds
         levels: list[_Filled] = []
         level = start(self.sizes)
-        for depth in range(1, self.most + 1):
-            step = self.steps[depth - 1] if self.width is None else next_level(level, self.sizes)
-            if step is None:
-                return None
+        for depth in range(1, len(self.steps) + 1):
+            step = self.steps[depth - 1]
             credit = np.full((len(step.level.codes), self.kinds, self.firsts, self.errors, self.length + 1), _NEVER)
             for kind in range(self.kinds):
                 if depth == 1:
@@ -102,25 +93,11 @@ class Bottleneck:
             level = step.level
             if not np.isfinite(credit).any():
                 return None
-            if self.width is not None and len(level.codes) > self.width:
-                rows = self._promising(level, credit, limit)
-                level, credit, self.dropped = level.keep(rows), credit[rows], True
             ended = np.stack([self._run(credit[:, k], k) for k in range(self.kinds)], axis=1)
             levels.append(_Filled(level, credit, ended))
             if depth in self.allowed and depth > 1 and (end := self._finished(levels[-1], limit)) is not None:
                 return self._trace(levels, end, limit)
         return None
-
-    def _promising(self, level: Level, credit: Floats, limit: float) -> np.ndarray:
-        """The rows that have got furthest for what their devices could have taken: a device takes the share of the model that its time and
-        its memory allow."""
-        problem = self.problem
-        progress = (problem.prefix / np.maximum(problem.prefix[:, -1:], 1e-30)).mean(axis=0)
-        share = np.minimum(limit / np.maximum(problem.prefix[:, -1], 1e-30), problem.limits / max(problem.memory[0, -1], 1.0))
-        reached = np.isfinite(credit).any(axis=(1, 2, 3))
-        furthest = np.where(reached, np.arange(self.length + 1), 0).max(axis=1)
-        worth = progress[furthest] - level.counts @ np.minimum(share, 1.0)
-        return np.sort(np.argsort(-worth, kind="stable")[: self.width])
 
     def _spare(self, ended: Floats, kind: int, limit: float) -> Floats:
         """Seconds that a stage on `kind` that ends at each position has left for encoding."""

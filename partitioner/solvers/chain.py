@@ -1,7 +1,7 @@
 """Operators in one order: which devices, in which order, cut where, sent how. Each device takes at most one interval.
 
-Exact where the table over all choices of devices (kinds of equal devices counted, see `kinds`) stays within `MAX_FIGURES`; beyond, the
-most promising choices of each level are kept, and the answer says that it is not exact.
+Exact where the table over all choices of devices (kinds of equal devices counted, see `kinds`) stays within `MAX_FIGURES`; beyond, prices on
+the devices give a bound and guide a search (`priced`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ import numpy as np
 
 from partitioner.solvers.bottleneck import Bottleneck
 from partitioner.solvers.kinds import Grouped, group, table_figures
+from partitioner.solvers.labels import Limits
+from partitioner.solvers.priced import Found, Priced
 from partitioner.solvers.problem import Candidate, ChainProblem, Floats, Objective
+from partitioner.solvers.route import Prices
 from partitioner.solvers.sums import Hop, Sums
 
-__all__ = ["MAX_FIGURES", "Answer", "candidates", "is_solvable", "solve_chain"]
+__all__ = ["MAX_FIGURES", "Answer", "candidates", "solve_chain", "worthwhile"]
 
 MAX_FIGURES = 1 << 26  #: that a table may look at: seconds of time
 _UNITS = 64  # steps of the error budget where the errors are no multiples of anything
-_WIDEST = 288  # choices of devices times kinds kept per level where all are too many
+_FEW = 30  # steps from prices that are good already
 _TRIED = 64  # quickest plans that are priced to find one within a bottleneck
 
 
@@ -34,16 +37,35 @@ class Answer:
     candidate: Candidate | None
     bound_s: float
     exact: bool
+    prices: Prices | None = None  # of the devices, where they gave the bound
 
 
 def solve_chain(
-    problem: ChainProblem, objective: Objective, *, stages: range | None = None, budget: float | None = None, bound_s: float = 0.0
-) -> Answer:
+    problem: ChainProblem, objective: Objective, *, stages: range | None = None, budget: float | None = None, bound_s: float = 0.0,
+    prices: Prices | None = None,
+) -> Answer:  # fmt: skip
     """The best plan. Among plans of equal bottleneck the one of least latency (where every cut has one codec to choose; else one that is
     quick), among those of equal latency one of fewest stages. `stages`: how many there may be (default: any number). `budget`: how
-    much error the plan may add up to. `bound_s`: what is already known to be no plan's."""
+    much error the plan may add up to. `bound_s`: what is already known to be no plan's; with good `prices` nothing more is looked for where they are
+    needed."""
     solver = _Chain(problem, stages or range(1, len(problem.devices) + 1), budget)
-    return solver.least_latency(bound_s) if objective == "latency" else solver.least_bottleneck(bound_s)
+    return solver.least_latency(bound_s, prices) if objective == "latency" else solver.least_bottleneck(bound_s, prices)
+
+
+def worthwhile(
+    problem: ChainProblem, objective: Objective, known_s: float, prices: Prices | None, *, stages: range, budget: float | None, bound_s: float
+) -> tuple[float, Floats, Prices]:  # fmt: skip
+    """(a bound, for each position whether a plan below `known_s` may be cut there: what of it stays below 0, prices). Nothing that grows with the
+    square of the positions is made. `prices`: good ones, of a smaller problem."""
+    solver = _Chain(problem, stages, budget)
+    priced = Priced(solver.problem, solver.limits, solver.spends)
+    if not solver.measured:
+        return bound_s, np.full(problem.length + 1, -np.inf), prices or Prices(np.zeros(len(solver.sizes)))
+    if objective == "latency":
+        bound, prices = priced.raised(known_s, prices)
+        return max(bound_s, min(bound, known_s)), priced.by_position(prices) - known_s, prices
+    bound, prices = priced.proven(max(bound_s, 1e-12), known_s, prices or priced.even(), None if prices is None else _FEW)
+    return max(bound_s, bound), priced.by_position(prices, known_s), prices
 
 
 def candidates(
@@ -53,11 +75,6 @@ def candidates(
     bottleneck is at most `limit_s`."""
     solver = _Chain(problem, stages or range(1, len(problem.devices) + 1), budget)
     yield from solver.quickest(limit_s if objective == "throughput" else math.inf)
-
-
-def is_solvable(problem: ChainProblem, most_stages: int) -> bool:
-    """Whether the answer will be exact."""
-    return _Chain(problem, range(1, most_stages + 1), None).width is None
 
 
 class _Chain:
@@ -70,24 +87,29 @@ class _Chain:
         firsts = len(self.sizes) if problem.return_bytes else 1
         most = min(max(stages, default=0), len(problem.devices), problem.length)
         figures = table_figures(self.sizes, most, problem.length, firsts, self.units + 1)
-        self.width = None if figures <= MAX_FIGURES else max(4, _WIDEST // len(self.sizes))
+        self.limits = Limits(np.asarray(self.sizes), range(min(stages, default=1), most + 1), self.units)
+        self.priced = Priced(self.problem, self.limits, self.spends) if figures > MAX_FIGURES else None
         self.several = range(max(2, min(stages, default=2)), max(stages, default=0) + 1)
 
-    def least_latency(self, bound_s: float) -> Answer:
+    def least_latency(self, bound_s: float, prices: Prices | None) -> Answer:
+        if self.priced is not None:
+            return self._estimated(self.priced.least_latency(bound_s, self._known(0), prices), 0, bound_s)
         table = self._sums(np.inf)
         best = self._with_single(table.best(), 0)
-        exact = best is not None and not table.dropped and self.measured
+        exact = best is not None and self.measured
         return Answer(best, best.value_s if best is not None and exact else bound_s, exact)
 
-    def least_bottleneck(self, bound_s: float) -> Answer:
+    def least_bottleneck(self, bound_s: float, prices: Prices | None) -> Answer:
+        if self.priced is not None:
+            return self._estimated(self.priced.least_bottleneck(bound_s, self._known(1), prices), 1, bound_s)
         single = self._single(1)
-        table = Bottleneck(self.problem, self.sizes, self.several, spends=self.spends, units=self.units, width=self.width)
+        table = Bottleneck(self.problem, self.sizes, self.several, spends=self.spends, units=self.units)
         found, bound = table.solve(bound_s, single.value_s if single else math.inf)
         best = self.grouped.unfold(found) if found is not None else single
         if best is None:
             return Answer(None, math.inf, True)
-        exact = not table.dropped and self.measured
-        if self.width is None and not self.units:
+        exact = self.measured
+        if not self.units:
             for quick in islice(self._sums(best.value_s).candidates(), _TRIED):
                 if self.problem.price(quick)[1] <= best.value_s:
                     best = self.grouped.unfold(Candidate(best.value_s, quick.cuts, quick.order, quick.codecs))
@@ -96,6 +118,9 @@ class _Chain:
 
     def quickest(self, limit: float) -> Iterator[Candidate]:
         """Plans of least latency whose parts are at most `limit`, as far as a stage's own figures tell."""
+        if self.priced is not None:
+            yield from (self.grouped.unfold(c) for c in self.priced.quickest(limit))
+            return
         yield from (self.grouped.unfold(c) for c in self._sums(limit).candidates())
 
     def _sums(self, limit: float) -> Sums:
@@ -112,7 +137,7 @@ class _Chain:
             travel = np.where(wire <= limit, travel, np.inf)
             back = np.where(problem.back_wire_s <= limit, back, np.inf)
         compute[:, 0, :] += problem.overheads.request_s[:, None]
-        return Sums(compute, self._hops(travel), back, self.sizes, self.stages, units=self.units, ahead=self._ahead(), width=self.width)
+        return Sums(compute, self._hops(travel), back, self.sizes, self.stages, units=self.units)
 
     def _hops(self, travel: Floats) -> list[Hop]:
         if not self.units and self.measured:
@@ -121,10 +146,15 @@ class _Chain:
             return [Hop(codec, np.take_along_axis(usable, codec[None], axis=0)[0], np.zeros(self.problem.length + 1, dtype=np.int64))]
         return [Hop(np.full(travel.shape[1:], c), travel[c], self.spends[c]) for c in range(len(travel))]
 
-    def _ahead(self) -> Floats:
-        """Seconds that the operators from each position on take at the least."""
-        quickest = self.problem.seconds.min(axis=0)
-        return np.concatenate([np.cumsum(quickest[::-1])[::-1], [0.0]])
+    def _known(self, figure: int) -> float:
+        """What the best single device reaches."""
+        single = self._single(figure)
+        return single.value_s if single else math.inf
+
+    def _estimated(self, found: Found, figure: int, bound_s: float) -> Answer:
+        best = self._with_single(found.candidate, figure)
+        bound = max(bound_s, found.bound_s) if self.measured else bound_s
+        return Answer(best, bound, best is not None and bound >= best.value_s * (1 - 1e-12), found.prices)
 
     def _single(self, figure: int) -> Candidate | None:
         """The best single device; figure 0: by latency, 1: by bottleneck."""
@@ -133,7 +163,7 @@ class _Chain:
         found = []
         for kind in range(len(self.sizes)):
             alone = Candidate(math.inf, (0, self.problem.length), (kind,))
-            if self.problem.possible[kind, 0, self.problem.length]:
+            if self.problem.last_end[kind, 0] == self.problem.length:
                 found.append(Candidate(self.problem.price(alone)[figure], alone.cuts, alone.order))
         best = min(found, key=lambda c: c.value_s, default=None)
         return None if best is None else self.grouped.unfold(best)

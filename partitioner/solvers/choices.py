@@ -19,10 +19,6 @@ class Level:
     codes: Ints
     radix: Ints
 
-    def keep(self, rows: Ints) -> Level:
-        """The same with these rows only, in ascending order."""
-        return Level(self.counts[rows], self.codes[rows], self.radix)
-
     def rows(self, codes: Ints) -> tuple[Ints, Ints]:
         """(where in `codes`, row here) of those that are here."""
         at = np.searchsorted(self.codes, codes)

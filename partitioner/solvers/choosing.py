@@ -10,6 +10,7 @@ import numpy as np
 
 from partitioner.cost import BUFFERED_REQUESTS, CodecFigures, Cost, Overhead
 from partitioner.solvers.bound import Instance, bottleneck_bound, latency_bound
+from partitioner.solvers.chain import worthwhile
 from partitioner.solvers.constraints import Constraints
 from partitioner.solvers.diagnose import why_no_plan
 from partitioner.solvers.ideals import search
@@ -20,6 +21,7 @@ from partitioner.solvers.placement import Realised, Scale, Selected
 from partitioner.solvers.problem import ChainProblem, Codecs, Floats, Objective, Overheads
 from partitioner.solvers.reading import GraphCosts
 from partitioner.solvers.refine import fewest_bytes, refine
+from partitioner.solvers.route import Prices
 from partitioner.solvers.tiers import two_tiers
 from splitnet.cluster import Link
 from splitnet.plan import Alternative
@@ -104,19 +106,22 @@ def choose_plan(question: Question, goal: Objective) -> Chosen:
     scale = question.scale(goal)
     instance = question.instance()
     busiest = bottleneck_bound(instance)
-    bound = busiest if goal == "throughput" else latency_bound(instance)
+    ordered = costs.is_chain and question.positions is None and question.wishes.max_accuracy_loss is None
+    # The solver of chains proves more for latency than a bound for graphs would.
+    bound = busiest if goal == "throughput" else 0.0 if ordered else latency_bound(instance)
     positions, lossy = _positions(question, goal)
     problem = question.problem(positions)
     exact = costs.is_chain and not lossy and question.positions is None
     best, answer = best_in_order(scale, problem, positions, exact=costs.is_chain, bound_s=bound)
     everything = range(1, len(costs.devices) + 1)
-    if exact and answer.exact and question.stages == everything:
+    if exact and question.stages == everything:
         bound = max(bound, answer.bound_s)
     elif exact:
         free = replace(question, stages=everything)
         _, whole = best_in_order(free.scale(goal), problem, positions, exact=True, bound_s=bound)
-        if whole.exact:
-            bound = max(bound, whole.bound_s)
+        bound = max(bound, whole.bound_s)
+    if lossy and costs.is_chain:
+        best, bound = _over_all_positions(question, goal, scale, best, bound, answer.prices)
     if not costs.is_chain and question.positions is None:
         best, bound = _beyond_the_order(question, goal, scale, best, bound)
     if best is None:
@@ -126,6 +131,28 @@ def choose_plan(question: Question, goal: Objective) -> Chosen:
     proven = min(bound, best.cost.objective_s(goal))
     best = fewest_bytes(scale, best, question.tolerance)
     return Chosen(goal, best, proven, busiest, alternatives(scale, question.problem((0, count)), (0, count)))
+
+
+def _over_all_positions(
+    question: Question, goal: Objective, scale: Scale, best: Selected | None, bound: float, prices: Prices | None
+) -> tuple[Selected | None, float]:
+    """For a chain of which some positions were left out: a bound for all of them, and a plan over those where a better one may be cut. A position
+    whose own bound is not below the plan that is known is dropped without loss; of the others, if they are many, the most promising are kept."""
+    count, everything = len(question.costs.operators), range(1, len(question.costs.devices) + 1)
+    known = best.cost.objective_s(goal) if best else math.inf
+    whole = question.problem(tuple(range(count + 1)))
+    budget = question.wishes.max_accuracy_loss
+    proven, excess, prices = worthwhile(whole, goal, known, prices, stages=everything, budget=budget, bound_s=bound)
+    kept = np.flatnonzero(excess[1:-1] < 0) + 1
+    kept = np.sort(kept[np.argsort(excess[kept], kind="stable")[:MAX_POSITIONS]])
+    if best is not None:
+        inner = [v for v in range(1, count) if best.placement.stage_of[v] != best.placement.stage_of[v - 1]]
+        kept = np.union1d(kept, np.asarray(inner, dtype=np.int64))
+    positions = (0, *map(int, kept), count)
+    other, _ = best_in_order(scale, question.problem(positions), positions, exact=True, bound_s=proven, prices=prices)
+    if other is not None and (best is None or scale.rank(other) < scale.rank(best)):
+        best = other
+    return best, max(bound, proven)
 
 
 def _positions(question: Question, goal: Objective) -> tuple[tuple[int, ...], bool]:

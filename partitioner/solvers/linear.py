@@ -12,6 +12,7 @@ from partitioner.cost import Cost
 from partitioner.solvers.chain import Answer, candidates, solve_chain
 from partitioner.solvers.placement import Placement, Realised, Scale, Selected
 from partitioner.solvers.problem import Candidate, ChainProblem
+from partitioner.solvers.route import Prices
 from splitnet.plan import Alternative
 
 __all__ = ["alternatives", "best_in_order", "singles"]
@@ -21,9 +22,16 @@ _SLACK = 1.1  # how far above the best chain bottleneck a plan is still looked a
 
 
 def best_in_order(
-    scale: Scale, problem: ChainProblem, positions: tuple[int, ...], *, exact: bool = False, bound_s: float = 0.0
+    scale: Scale,
+    problem: ChainProblem,
+    positions: tuple[int, ...],
+    *,
+    exact: bool = False,
+    bound_s: float = 0.0,
+    prices: Prices | None = None,
 ) -> tuple[Selected | None, Answer]:
-    """`positions`: where in the operators the chain's positions are. `exact`: the chain problem's figures are the plan's."""
+    """`positions`: where in the operators the chain's positions are. `exact`: the chain problem's figures are the plan's. `prices`: see
+    `solve_chain`."""
     best: Selected | None = None
     names = problem.codecs.names
 
@@ -36,7 +44,7 @@ def best_in_order(
     if not exact:
         for single in singles(problem):
             consider(single)
-    answer = solve_chain(problem, scale.objective, stages=scale.stages, budget=scale.budget, bound_s=bound_s)
+    answer = solve_chain(problem, scale.objective, stages=scale.stages, budget=scale.budget, bound_s=bound_s, prices=prices)
     if answer.candidate is not None:
         consider(answer.candidate)
         if not exact or best is None:

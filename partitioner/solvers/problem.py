@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -12,7 +13,7 @@ import numpy as np
 
 from partitioner.cost import BUFFERED_REQUESTS
 
-__all__ = ["Candidate", "ChainProblem", "Codecs", "Floats", "Objective", "Overheads", "interval_memory"]
+__all__ = ["Candidate", "ChainProblem", "Codecs", "Floats", "Objective", "Overheads", "interval_ends", "interval_memory"]
 
 Floats: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 Objective: TypeAlias = Literal["latency", "throughput"]
@@ -70,7 +71,7 @@ class ChainProblem:
     given_codecs: Codecs | None = None
     given_overheads: Overheads | None = None
     allowed: np.ndarray | None = None  # (M, L) bool: which device may run which operator
-    kind_of: tuple[int, ...] = field(default=())
+    given_ends: np.ndarray | None = None  # (M, L+1): `last_end`, where positions are too many for `memory`
 
     @property
     def length(self) -> int:
@@ -104,6 +105,14 @@ class ChainProblem:
         """(M, L+1, L+1): seconds of stage [j, i) on each device, its overhead included; inf where it cannot be."""
         seconds: Floats = self.prefix[:, None, :] - self.prefix[:, :, None]
         return np.where(self.possible, np.maximum(seconds, 0.0) + self.overheads.stage_s[:, None, None], np.inf)
+
+    @functools.cached_property
+    def last_end(self) -> np.ndarray:
+        """(M, L+1): the last end of a stage that starts at each position, 0 where there is none; all ends before it are possible too."""
+        if self.given_ends is not None:
+            return self.given_ends
+        possible = self.possible
+        return np.where(possible.any(axis=2), self.length - possible[:, :, ::-1].argmax(axis=2), 0)
 
     @functools.cached_property
     def send_s(self) -> Floats:
@@ -170,7 +179,8 @@ class ChainProblem:
         latency, bottleneck, error = float(self.overheads.request_s[first]), 0.0, 0.0
         for k, (j, i) in enumerate(pairwise(cuts)):
             device = order[k]
-            seconds = float(self.stage_seconds[device, j, i])
+            seconds = max(float(self.prefix[device, i] - self.prefix[device, j]), 0.0) + float(self.overheads.stage_s[device])
+            seconds = seconds if j < i <= self.last_end[device, j] else math.inf
             latency += seconds
             load = seconds + (self.overheads.request_s[device] if k == 0 else self.take_s[codecs[k - 1], device, j])
             if k + 1 < len(order):
@@ -226,3 +236,29 @@ def interval_memory(activation_bytes: Sequence[float], params: Sequence[Sequence
     for j in range(length):
         memory[j, j + 1 :] += np.maximum.accumulate(activations[j:])
     return memory + BUFFERED_REQUESTS * cut_bytes[:, None]
+
+
+def interval_ends(
+    activation_bytes: Sequence[float], param_bytes: Sequence[float], cut_bytes: Floats, limits: Floats, barred: np.ndarray | None
+) -> np.ndarray:
+    """(M, L+1): the last end of a stage that starts at each position, by `interval_memory` (no parameter is shared) and what is barred (M, L); 0 where
+    there is none. By doubling: no figure for every pair of positions."""
+    length = len(activation_bytes)
+    prefix = np.concatenate([[0.0], np.cumsum(param_bytes)])
+    largest = [np.asarray(activation_bytes, dtype=np.float64)]  # over 2^p operators from each
+    while 2 << (len(largest) - 1) <= length:
+        half = 1 << (len(largest) - 1)
+        largest.append(np.maximum(largest[-1][:-half], largest[-1][half:]))
+    starts = np.arange(length)
+    found = np.zeros((len(limits), length + 1), dtype=np.int64)
+    for device, limit in enumerate(limits):
+        forbidden = np.zeros(length + 1) if barred is None else np.concatenate([[0], np.cumsum(barred[device])])
+        end, activation = starts.copy(), np.zeros(length)
+        for p in range(len(largest) - 1, -1, -1):
+            reach = np.minimum(end + (1 << p), length)
+            wider = np.maximum(activation, largest[p][np.minimum(end, len(largest[p]) - 1)])
+            fits = prefix[reach] - prefix[:-1] + wider + BUFFERED_REQUESTS * cut_bytes[:-1] <= limit
+            fits &= (end + (1 << p) <= length) & (forbidden[reach] == forbidden[:-1])
+            end, activation = np.where(fits, reach, end), np.where(fits, wider, activation)
+        found[device, :-1] = np.where(end > starts, end, 0)
+    return found

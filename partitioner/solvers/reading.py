@@ -14,7 +14,7 @@ import numpy as np
 from partitioner.cost import CodecFigures
 from partitioner.solvers.constraints import Operator
 from partitioner.solvers.placement import Placement, Realised
-from partitioner.solvers.problem import ChainProblem, Codecs, Floats, Overheads, interval_memory
+from partitioner.solvers.problem import ChainProblem, Codecs, Floats, Overheads, interval_ends, interval_memory
 from splitnet.cluster import Link
 from splitnet.errors import BadInput, CaptureError
 from splitnet.plan import CLIENT, OutputSpec, StageSpec, Transfer
@@ -22,6 +22,8 @@ from splitnet.tensors import TensorSpec
 
 if TYPE_CHECKING:
     import networkx
+
+MAX_TABLE = 1500  #: positions for which the memory of every interval is written down
 
 __all__ = ["GraphCosts", "Value", "codec_arrays", "figure", "link_arrays", "read_graph", "read_links"]
 
@@ -98,14 +100,17 @@ class GraphCosts:
         """The chain problem whose operators are the vertices between `positions`."""
         spans = list(pairwise(positions))
         cut_bytes = self.cut_bytes[list(positions)]
+        activations = [max(self.activation_bytes[a:b]) for a, b in spans]
+        params = [float(sum(self.param_bytes[a:b])) for a, b in spans]
+        few = len(spans) <= MAX_TABLE
+        barred = None if allowed is None else ~np.logical_and.reduceat(allowed, positions[:-1], axis=1)
         return ChainProblem(
             devices=self.devices,
             seconds=np.add.reduceat(self.seconds, positions[:-1], axis=1),
-            memory=interval_memory(
-                [max(self.activation_bytes[a:b]) for a, b in spans],
-                [[(f"{a}", float(sum(self.param_bytes[a:b])))] for a, b in spans],
-                cut_bytes,
-            ),
+            memory=interval_memory(activations, [[(f"{k}", size)] for k, size in enumerate(params)], cut_bytes)
+            if few
+            else np.zeros((0, 0)),
+            given_ends=None if few else interval_ends(activations, params, cut_bytes, limits, barred),
             limits=limits,
             cut_bytes=cut_bytes,
             return_bytes=float(self.return_bytes),
@@ -115,7 +120,7 @@ class GraphCosts:
             return_tensors=sum(value.answer for value in self.values),
             given_codecs=replace(codecs, error=codecs.error[:, list(positions)]),
             given_overheads=overheads,
-            allowed=None if allowed is None else np.logical_and.reduceat(allowed, positions[:-1], axis=1),
+            allowed=None if barred is None else ~barred,
         )
 
     def realise(self, placement: Placement) -> Realised:
@@ -217,7 +222,7 @@ def read_graph(graph: networkx.DiGraph, devices: Sequence[str], items: int = 1) 
             for i, v in enumerate(vertices)
         ),
         devices=tuple(devices),
-        seconds=np.array([[_seconds(graph, vertex, device, items) for vertex in vertices] for device in devices]),
+        seconds=np.array([_seconds_on(graph, vertex, devices, items) for vertex in vertices]).T.copy(),
         values=values,
         activation_bytes=tuple(items * _size(graph.nodes[v], f"vertex {v!r}", "activation_bytes") for v in vertices),
         param_bytes=tuple(_size(graph.nodes[v], f"vertex {v!r}", "param_bytes") for v in vertices),

@@ -36,19 +36,16 @@ class _Filled:
 
 class Sums:
     """`compute` is (K, L+1, L+1), the cost of a stage on a kind; `back` (K, K) of the answer's way; inf where it cannot be. `opening` (K,) is
-    what the first stage of several pays besides, `closing` (K,) the last. `units`: how much error may be spent in all.
-    `width`: how many choices of devices are kept per level (default: all; fewer make it a heuristic, see `dropped`)."""
+    what the first stage of several pays besides, `closing` (K,) the last. `units`: how much error may be spent in all."""
 
     def __init__(
         self, compute: Floats, hops: Sequence[Hop], back: Floats, sizes: tuple[int, ...], allowed: range,
-        *, units: int = 0, ahead: Floats | None = None, above: float = np.inf, width: int | None = None,
+        *, units: int = 0,
     ) -> None:  # fmt: skip
         self.compute, self.hops, self.back, self.sizes, self.allowed = compute, hops, back, sizes, allowed
         self.kinds, self.length = compute.shape[0], compute.shape[1] - 1
         self.firsts = self.kinds if back.any() else 1
         self.errors = units + 1
-        self.ahead = ahead if ahead is not None else np.zeros(self.length + 1)
-        self.above, self.width, self.dropped = above, width, False
         self.levels: list[_Filled] = []
         most = min(max(allowed, default=0), sum(sizes), self.length)
         level = start(sizes)
@@ -64,10 +61,6 @@ class Sums:
                 elif step.after[kind].size:
                     cost[step.after[kind], kind] = self._run(self._entry(self.levels[-1].cost[step.before[kind]], kind), kind)
             level = step.level
-            if width is not None and len(level.codes) > width:
-                best = (cost + self.ahead).reshape(len(cost), -1).min(axis=1)
-                rows = np.sort(np.argsort(best, kind="stable")[:width])
-                level, cost, self.dropped = level.keep(rows), cost[rows], True
             self.levels.append(_Filled(level, cost))
             if not np.isfinite(cost).any():
                 break
@@ -85,7 +78,6 @@ class Sums:
                     if units < self.errors:
                         at = np.where(hop.spends == units, arrived, np.inf)[:, :, : self.errors - units]
                         np.minimum(entry[:, :, units:], at, out=entry[:, :, units:])
-        entry[entry + self.ahead > self.above] = np.inf
         return entry
 
     def _run(self, entry: Floats, kind: int) -> Floats:
