@@ -69,13 +69,13 @@ def group(problem: ChainProblem) -> Grouped:
         ),
         given_overheads=Overheads(overheads.stage_s[first], overheads.message_s[first], overheads.request_s[first]),
         allowed=None if problem.allowed is None else problem.allowed[first],
+        given_ends=None if problem.given_ends is None else problem.given_ends[first],
     )
     return Grouped(reduced, tuple(map(tuple, kinds)))
 
 
 def sets_of(sizes: tuple[int, ...], most: int) -> int:
     """How many choices of at most `most` devices there are; two devices of one kind are the same choice."""
-        given_ends=None if problem.given_ends is None else problem.given_ends[first],
     ways = [1] + [0] * most
     for size in sizes:
         ways = [sum(ways[k - taken] for taken in range(min(size, k) + 1)) for k in range(most + 1)]

@@ -101,18 +101,18 @@ class ChainProblem:
         return fits
 
     @functools.cached_property
-    def stage_seconds(self) -> Floats:
-        """(M, L+1, L+1): seconds of stage [j, i) on each device, its overhead included; inf where it cannot be."""
-        seconds: Floats = self.prefix[:, None, :] - self.prefix[:, :, None]
-        return np.where(self.possible, np.maximum(seconds, 0.0) + self.overheads.stage_s[:, None, None], np.inf)
-
-    @functools.cached_property
     def last_end(self) -> np.ndarray:
         """(M, L+1): the last end of a stage that starts at each position, 0 where there is none; all ends before it are possible too."""
         if self.given_ends is not None:
             return self.given_ends
         possible = self.possible
         return np.where(possible.any(axis=2), self.length - possible[:, :, ::-1].argmax(axis=2), 0)
+
+    @functools.cached_property
+    def stage_seconds(self) -> Floats:
+        """(M, L+1, L+1): seconds of stage [j, i) on each device, its overhead included; inf where it cannot be."""
+        seconds: Floats = self.prefix[:, None, :] - self.prefix[:, :, None]
+        return np.where(self.possible, np.maximum(seconds, 0.0) + self.overheads.stage_s[:, None, None], np.inf)
 
     @functools.cached_property
     def send_s(self) -> Floats:

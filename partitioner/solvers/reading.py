@@ -298,6 +298,15 @@ def codec_arrays(
     return Codecs(names, np.array([codecs[name].ratio for name in names]), speeds[..., 0], speeds[..., 1], error, permitted)
 
 
+def _seconds_on(graph: networkx.DiGraph, vertex: Any, devices: Sequence[str], items: int) -> list[float]:
+    seconds = graph.nodes[vertex].get("seconds")
+    if type(seconds) is dict:  # the usual case: plain figures, many times over
+        found: list[Any] = [seconds.get(device) for device in devices]
+        if all(type(f) is float and 0.0 <= f < math.inf for f in found):
+            return [items * f for f in found]
+    return [_seconds(graph, vertex, device, items) for device in devices]
+
+
 def _seconds(graph: networkx.DiGraph, vertex: Any, device: str, items: int) -> float:
     seconds = graph.nodes[vertex].get("seconds")
     if not isinstance(seconds, Mapping) or device not in seconds:
