@@ -38,7 +38,7 @@ class Admission:
             )
         own = self._of_client[client] + 1
         others = sum(min(own, count) for other, count in self._of_client.items() if other != client)
-        if not self.pace.allows(own, others):
+        if not self.pace.allows(others):
             self._refuse(
                 f"{self.in_flight} requests of {len(self._of_client)} clients are in flight, which is as much as the pipeline can answer soon",
                 remedy="try again a little later, with fewer clients at once, or deploy the plan to faster nodes",

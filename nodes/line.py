@@ -1,15 +1,16 @@
 """The line at the ingress: which of the waiting requests, or which rows of them, go into the pipeline next.
 
-Between clients it is start-time fair queueing (Goyal, Vin, Cheng, "Start-time fair queueing", 1996): each client's rows are counted, and the
-one that has had least is next, so that many requests of one client hold up nobody else. Higher priorities go first; what waits rises
-by one priority per `AGEING_S` since it came, or since its client was last served at that priority.
+Between clients it is fair queueing (Demers, Keshav, Shenker, "Analysis and simulation of a fair queueing algorithm", 1989): each client's rows
+are counted, and the one that has had least is next, so that many requests of one client hold up nobody else. Whoever comes begins with
+what those in line have had on average: neither owed for its absence, nor let past everybody. Higher priorities go first; what waits
+rises by one priority per `AGEING_S` since it came, or since its client was last served at that priority.
 
 The clock is the caller's.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -88,8 +89,9 @@ class Line(Generic[T]):
         self._batching = batching
         self._flows: dict[tuple[Hashable, int], _Flow[T]] = {}
         self._alone: deque[Part[T]] = deque()
-        self._virtual = 0.0  # the share at which the last batch's first was served
-        self._shares: dict[Hashable, float] = {}  # rows that a client has had, as virtual time
+        self._clients: Counter[Hashable] = Counter()  # requests in line
+        self._shares: dict[Hashable, float] = {}  # rows that a client has had
+        self._average = 0.0  # of the shares of those in line
 
     def __len__(self) -> int:
         """Requests of which something waits; what is to go alone counts by the piece."""
@@ -100,6 +102,9 @@ class Line(Generic[T]):
         if key not in self._flows:
             self._flows[key] = _Flow(call.client, call.priority, deque())
         self._flows[key].entries.append(_Entry(call, now_s))
+        if not self._clients[call.client]:
+            self._shares[call.client] = max(self._shares.get(call.client, 0.0), self._average)
+        self._clients[call.client] += 1
 
     def put_back(self, part: Part[T]) -> None:
         """It was taken, and is to be sent again: next, and by itself."""
@@ -110,8 +115,9 @@ class Line(Generic[T]):
         self._alone = deque(part for part in self._alone if part.call is not call)
         flow = self._flows.get((call.client, call.priority))
         if flow is not None:
-            flow.entries = deque(entry for entry in flow.entries if entry.call is not call)
-            self._drop_if_empty(flow)
+            kept = deque(entry for entry in flow.entries if entry.call is not call)
+            left, flow.entries = len(flow.entries) - len(kept), kept
+            self._tidy(flow, left)
 
     def wait_s(self, now_s: float) -> float | None:
         """How long until something is to be sent: 0 for now; None while nobody waits."""
@@ -125,7 +131,6 @@ class Line(Generic[T]):
             return [self._alone.popleft()]
         first = self._best((flow for flow in self._flows.values() if self._delay_s(flow, now_s) <= 0), now_s)
         assert first is not None, "nobody is to be sent yet"
-        self._virtual = self._share(first.client)
         kind, parts = first.entries[0].call.kind, [self._serve(first, now_s)]
         room = self._batching.max_batch - parts[0].rows
         while kind is not None and room > 0:
@@ -138,28 +143,34 @@ class Line(Generic[T]):
         return parts
 
     def _best(self, flows: Iterator[_Flow[T]], now_s: float) -> _Flow[T] | None:
-        return min(flows, key=lambda flow: (-flow.level(now_s), self._share(flow.client), flow.entries[0].came_s), default=None)
-
-    def _share(self, client: Hashable) -> float:
-        """Whoever was away is owed nothing for it."""
-        return max(self._shares.get(client, 0.0), self._virtual)
+        return min(
+            flows, key=lambda flow: (-flow.level(now_s), self._shares[flow.client], flow.served_s, flow.entries[0].came_s), default=None
+        )
 
     def _serve(self, flow: _Flow[T], now_s: float) -> Part[T]:
         entry = flow.entries[0]
         part = Part(entry.call, entry.taken, entry.piece(self._batching))
         entry.taken += part.rows
         flow.served_s = now_s
-        self._shares[flow.client] = self._share(flow.client) + part.rows
+        self._shares[flow.client] += part.rows
+        self._average += part.rows / len(self._clients)
         if entry.taken == entry.call.rows:
             flow.entries.popleft()
-            self._drop_if_empty(flow)
+            self._tidy(flow, 1)
         return part
 
-    def _drop_if_empty(self, flow: _Flow[T]) -> None:
+    def _tidy(self, flow: _Flow[T], left: int) -> None:
+        """So many of its requests have left the line."""
+        self._clients[flow.client] -= left
         if not flow.entries:
             del self._flows[flow.client, flow.priority]
-            if len(self._shares) > _KEPT + 2 * len(self._flows):
-                self._shares = {client: share for client, share in self._shares.items() if share > self._virtual}
+        if not self._clients[flow.client]:
+            del self._clients[flow.client]
+        if not self._clients:
+            self._shares.clear()  # nobody has waited for anybody
+            self._average = 0.0
+        elif len(self._shares) > _KEPT + 2 * len(self._clients):
+            self._shares = {c: share for c, share in self._shares.items() if c in self._clients or share > self._average}
 
     def _delay_s(self, flow: _Flow[T], now_s: float) -> float:
         """How long the first of a flow still waits for company."""

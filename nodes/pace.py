@@ -1,7 +1,7 @@
 """How fast a pipeline takes what its ingress sends: how many batches keep it busy, and how many requests may be ahead of a new one.
 
 Two figures are measured. `empty_s`: how long a batch takes through an empty pipeline. `interval_s`: how far apart batches come out while
-the pipeline is kept full, which is the slowest stage's (or link's) time. Their ratio is how many batches fill it (Little's law); more
+one waits behind the other, which is the slowest stage's (or link's) time. Their ratio is how many batches fill it (Little's law); more
 only wait. This is how BBR looks at a network path (Cardwell et al., "BBR: congestion-based congestion control", 2016), with its way
 to see the first figure again under constant load: now and then the pipeline is let run empty for one batch.
 
@@ -19,12 +19,13 @@ __all__ = ["Pace", "Passage"]
 
 _FIRST_WINDOW = 8  # until something has been measured
 _SURPLUS = 1.5  # times what fills the pipeline is sent: stages are not as even as clocks
-_TIMES = 2.5  # how much longer than alone a request may take on account of others'
+_TIMES = 2.25  # how much longer than alone a request may take on account of others, to the nearest request
 _SAMPLES = 5  # of `empty_s`; the median, because the first are cold
 _WEIGHT = 0.1  # of the newest interval
 _ENOUGH = 8  # intervals before they are believed
+_WAITED = 1.2  # times `empty_s`: a batch that took longer has waited behind another
 _FULL_SHARE = 0.1  # of an interval that the pipeline may not have been full
-_SOON, _LATER, _SHORTEST_S = 10, 100, 5.0  # how many times `empty_s` lie between two looks at an empty pipeline, at first and later
+_SOON, _LATER, _SHORTEST_S = 10, 300, 5.0  # how many times `empty_s` lie between two looks at an empty pipeline, at first and later
 
 
 @dataclass(slots=True)
@@ -47,7 +48,7 @@ class Pace:
         self._interval_s = 0.0
         self._calls = 1.0  # requests per batch; less than one where a request is divided
         self._intervals = 0
-        self._left_s = -math.inf  # when a batch last came out
+        self._left_s: float | None = None  # when a batch last came out
         self._full_s: float | None = None  # since when the pipeline has been full
 
     # --------------------------------------------------------------------------------------------------------- batches
@@ -82,8 +83,7 @@ class Pace:
 
     def leave(self, passage: Passage, now_s: float, calls: float, *, answered: bool) -> None:
         """`calls`: how many requests that was (a part of one: less than 1). Without an answer nothing is learnt of the speed."""
-        gap_s = now_s - self._left_s
-        if answered and self._full_s is not None and self._full_s - self._left_s <= _FULL_SHARE * gap_s:
+        if answered and self._left_s is not None and self._at_work(passage, now_s, gap_s := now_s - self._left_s):
             self._intervals += 1
             weight = max(_WEIGHT, 1 / self._intervals)
             self._interval_s += weight * (gap_s - self._interval_s)
@@ -97,6 +97,13 @@ class Pace:
             empty_s = median_low(self._empty) if self._empty else 0.0
             self._look_at_s = now_s + (_SOON * empty_s if self._looks < _SAMPLES else max(_LATER * empty_s, _SHORTEST_S))
 
+    def _at_work(self, passage: Passage, now_s: float, gap_s: float) -> bool:
+        """Whether something in the pipeline was busy all of the time since the batch before came out: this one had to wait behind that one (it took
+        longer than through an empty pipeline), or as much was under way as is ever sent."""
+        assert self._left_s is not None
+        waited = bool(self._empty) and passage.entered_s < self._left_s and now_s - passage.entered_s > _WAITED * median_low(self._empty)
+        return waited or (self._full_s is not None and self._full_s - self._left_s <= _FULL_SHARE * gap_s)
+
     # -------------------------------------------------------------------------------------------------------- requests
 
     @property
@@ -104,11 +111,12 @@ class Pace:
         """How far apart requests come out of a full pipeline; None until that has been seen."""
         return None if self._intervals < _ENOUGH else self._interval_s / self._calls
 
-    def allows(self, own: int, others: int) -> bool:
-        """Whether a client's `own`-th request may come in when `others` requests of other clients will be served before it: whether all of them
-        take at most `_TIMES` as long as its own alone. Until that can be told, yes."""
+    def allows(self, others: int) -> bool:
+        """Whether a request may come in when `others` requests of other clients will be served before it: whether they make it wait so little
+        that it takes at most `_TIMES` as long as in an empty pipeline (what its own client has put before it, aside). Until that can be
+        told, yes."""
         depth = self.depth
         if depth is None:
             return True
         alone = depth * self._calls + max(0.0, 1.0 - self._calls)  # in units of `call_s`; a divided request's pieces follow each other
-        return others + own <= _TIMES * (max(alone, 1.0) + own - 1)
+        return others + 1 <= round(_TIMES * max(alone, 1.0))

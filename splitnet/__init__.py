@@ -20,6 +20,7 @@ __all__ = [
     "BadModel",
     "BadPlan",
     "BadShard",
+    "Batching",
     "Cancelled",
     "CaptureError",
     "Client",
@@ -44,6 +45,7 @@ __all__ = [
     "Prediction",
     "Progress",
     "ProtocolError",
+    "ReferenceLost",
     "ServiceError",
     "Shard",
     "SplitnetError",
@@ -62,6 +64,7 @@ __all__ = [
 ]
 
 _MODULES: dict[str, tuple[str, ...]] = {
+    "splitnet.batching": ("Batching",),
     "splitnet.client": ("AsyncClient",),
     "splitnet.cluster": ("Cluster", "ClusterNode", "Link"),
     "splitnet.deployment": ("Deployment",),
@@ -88,6 +91,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from splitnet.batching import Batching
     from splitnet.client import AsyncClient
     from splitnet.cluster import Cluster, ClusterNode, Link
     from splitnet.deployment import Deployment
@@ -110,6 +114,7 @@ if TYPE_CHECKING:
         NotPermitted,
         Overloaded,
         ProtocolError,
+        ReferenceLost,
         ServiceError,
         SplitnetError,
         StorageFailure,

@@ -6,6 +6,7 @@ The blocking faces are for scripts; they must not be called from a running event
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 import grpc.aio
 
 from splitnet import background
+from splitnet.batching import Batching
 from splitnet.channel import open_channel, stub, translated
 from splitnet.cluster import Cluster
 from splitnet.errors import BadInput, NodeUnavailable, NotFound, ServiceError, SplitnetError
@@ -66,11 +68,12 @@ async def deploy_async(
     shards: Mapping[str, Shard | str | Path] | str | Path,
     *,
     name: str = "",
+    batching: Batching | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     concurrency: int = 8,
 ) -> Deployed:
     """Ships each stage's shard to its node (only what is missing there, `concurrency` nodes at a time), then activates all nodes, the
-    ingress last. `shards` maps stage names to shards or their paths, or is a directory that holds one folder (or .zip) per stage.
+    ingress last. `batching`: how requests are joined and divided, in place of what the plan says. `shards` maps stage names to shards or their paths, or is a directory that holds one folder (or .zip) per stage.
     Nothing is shipped before everything has been checked: BadPlan where plan and shards do not belong together, NodeUnavailable naming every node that does not answer, AlreadyExists where the name is taken by another
     plan, InsufficientMemory where a node has too little.
 
@@ -79,6 +82,7 @@ async def deploy_async(
     name = _checked_name(name or default_name(plan.model))
     opened = await asyncio.to_thread(open_shards, plan, shards)
     plan = plan.with_shards({stage: shard.sha256 for stage, shard in opened.items()})
+    plan = plan if batching is None else dataclasses.replace(plan, batching=batching)
     nodes = [node for node in plan.nodes if any(stage.node == node.name for stage in plan.stages)]
     before = {node.name: status for node, status in zip(nodes, await status_of(nodes), strict=True)}
     check_nodes(plan, name, opened, before)
@@ -123,11 +127,12 @@ def deploy(
     shards: Mapping[str, Shard | str | Path] | str | Path,
     *,
     name: str = "",
+    batching: Batching | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     concurrency: int = 8,
 ) -> Deployed:
     """As `deploy_async`, blocking."""
-    return background.run(deploy_async(plan, shards, name=name, on_progress=on_progress, concurrency=concurrency))
+    return background.run(deploy_async(plan, shards, name=name, batching=batching, on_progress=on_progress, concurrency=concurrency))
 
 
 def undeploy(where: Plan | Cluster, name: str = "", *, drain_s: float = 5.0, delete_blobs: bool = False) -> list[str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from splitnet.batching import Batching
 from splitnet.channel import open_channel, stub, translated
 from splitnet.cluster import Cluster, ClusterNode
-from splitnet.errors import ServiceError
+from splitnet.errors import BadPlan, ProtocolError, ServiceError
 from splitnet.plan import NodeRef, Plan
 from splitnet.rpc.v1 import node_pb2 as pb
 
@@ -19,7 +20,7 @@ DESCRIBE_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class StageStatus:
-    """Totals since activation; seconds spent waiting for the engine, decoding, computing, encoding and sending."""
+    """Totals since activation. `requests` counts runs of the engine: a joined batch is one. Seconds spent waiting for the engine, decoding, computing, encoding and sending."""
 
     name: str
     engine: str
@@ -55,6 +56,8 @@ class DeploymentStatus:
     max_in_flight: int
     in_flight: int
     stages: tuple[StageStatus, ...]
+    waiting: int = 0  # of those in flight: in line at the ingress
+    batching: Batching = field(default_factory=Batching)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,4 +153,16 @@ def _deployment(status: pb.DeploymentStatus) -> DeploymentStatus:
             )
             for s in status.stages
         ),
+        waiting=status.waiting,
+        batching=_batching(status),
     )
+
+
+def _batching(status: pb.DeploymentStatus) -> Batching:
+    """Raises ProtocolError for what cannot be."""
+    try:
+        return Batching(max(status.max_batch, 1), status.max_delay_s, status.microbatch)
+    except BadPlan as error:
+        raise ProtocolError(
+            f"deployment {status.name!r}: {error.message}", remedy="run the same version of splitnet on both sides"
+        ) from None

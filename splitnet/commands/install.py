@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from splitnet.batching import Batching
 from splitnet.cluster import Cluster
 from splitnet.plan import Plan
 
@@ -19,11 +21,28 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from splitnet.install import Progress
-    from splitnet.node_status import NodeStatus
+    from splitnet.node_status import DeploymentStatus, NodeStatus
 
 __all__ = ["deploy", "status", "unload"]
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+class _Duration(click.ParamType[float]):
+    """Seconds, from "2ms", "0.5s" or "0.5"."""
+
+    name = "duration"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        number, factor = (text[:-2], 1e-3) if text.endswith("ms") else (text.removesuffix("s"), 1.0)
+        try:
+            seconds = float(number) * factor
+        except ValueError:
+            seconds = math.nan
+        if not 0 <= seconds < math.inf:
+            self.fail(f"{text!r} is not a time such as 2ms or 0.5s", param, ctx)
+        return seconds
 
 
 @click.command()
@@ -32,22 +51,48 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option(
     "--shards", type=click.Path(path_type=Path), help="Where the shards are, one folder (or .zip) per stage.  [default: PLAN.shards]"
 )
+@click.option(
+    "--max-batch",
+    type=click.IntRange(min=1),
+    help="Join small requests, of any clients, up to this many rows. Only for models that treat each row of a batch by itself.  [default: as the plan says, else 1]",
+)
+@click.option(
+    "--max-delay", type=_Duration(), help="How long a request may wait to be joined, such as 2ms.  [default: 0: only what waits anyway]"
+)
+@click.option(
+    "--microbatch",
+    type=click.IntRange(min=0),
+    help="Send requests of more rows through the pipeline in pieces of this many, for the same kind of models.  [default: as the plan says, else 0: whole]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def deploy(plan: Path, name: str, shards: Path | None, as_json: bool) -> None:
+def deploy(
+    plan: Path, name: str, shards: Path | None, max_batch: int | None, max_delay: float | None, microbatch: int | None, as_json: bool
+) -> None:
     """Ship the shards of a PLAN to its nodes, verify and activate them.
 
     A node that holds a part already is not sent it again, and an upload that broke off goes on where it stopped. Either all nodes
     serve the plan in the end, or none does.
 
+    A batch that was joined or divided may differ in the last bits from the same rows asked for in one request: kernels round
+    differently for other sizes.
+
     \b
     Example: what `splitnet plan ... -o plan.json` has left here
       splitnet deploy plan.json --name search
+    Example: many clients with small requests
+      splitnet deploy plan.json --max-batch 16 --max-delay 2ms
     """
     from splitnet.install import deploy as install
 
     loaded = Plan.load(plan)
+    planned = loaded.batching
+    batching = Batching(
+        planned.max_batch if max_batch is None else max_batch,
+        planned.max_delay_s if max_delay is None else max_delay,
+        planned.microbatch if microbatch is None else microbatch,
+    )
     with _progress() as on_progress:
-        deployed = install(loaded, shards or plan.with_suffix(".shards"), name=name, on_progress=on_progress)
+        deployed = install(loaded, shards or plan.with_suffix(".shards"), name=name, batching=batching, on_progress=on_progress)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(deployed), indent=1, sort_keys=True))
         return
@@ -142,7 +187,7 @@ def _show(nodes: Sequence[NodeStatus]) -> None:
         notes = (" draining" if node.draining else "") + (" INSECURE" if node.insecure else "")
         left = [node.name + notes, node.address, node.device, _size(node.memory_used_bytes) + limit]
         work = [
-            (deployment.name + ("*" if deployment.ingress else ""), s.name, str(s.requests), str(s.failures), str(deployment.in_flight))
+            (deployment.name + ("*" if deployment.ingress else ""), s.name, str(s.requests), str(s.failures), _in_flight(deployment))
             for deployment in node.deployments
             for s in deployment.stages
         ]
@@ -157,9 +202,23 @@ def _show(nodes: Sequence[NodeStatus]) -> None:
     _table(rows)
     if any(deployment.ingress for node in nodes for deployment in node.deployments):
         click.echo("* takes the requests of clients")
+    for name, how in {d.name: how for node in nodes for d in node.deployments if (how := _how_batched(d.batching))}.items():
+        click.echo(f"{name}: {how}")
     for node in nodes:
         if node.error:
             click.echo(f"node {node.name!r} at {node.address}: {node.error}", err=True)
+
+
+def _in_flight(deployment: DeploymentStatus) -> str:
+    return str(deployment.in_flight) + (f" ({deployment.waiting} in line)" if deployment.waiting else "")
+
+
+def _how_batched(batching: Batching) -> str:
+    joined = f"requests are joined up to {batching.max_batch} rows" if batching.max_batch > 1 else ""
+    if batching.max_delay_s:
+        joined += f", and wait up to {batching.max_delay_s * 1e3:g} ms for it"
+    divided = f"larger ones go in pieces of {batching.microbatch} rows" if batching.microbatch else ""
+    return "; ".join(filter(None, (joined, divided)))
 
 
 def _table(rows: Sequence[Sequence[str]]) -> None:
