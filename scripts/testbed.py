@@ -98,10 +98,13 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
 @main.command()
 @click.argument("file", metavar="FILE|PRESET")
 @click.argument("model")
-@click.option("--bandwidths", type=_Numbers(), default="1,5,20,100,1000", show_default=True, help="Mbit/s of every shaped link.")
+@click.option("--bandwidths", type=_Numbers(), default="1,3,10,30,50,100,300,1000", show_default=True, help="Mbit/s of every shaped link.")
 @click.option("--objective", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True)
+@click.option(
+    "--margin", type=click.FloatRange(0, 1, max_open=True), default=0.1, show_default=True, help="A split must be so much better."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def sweep(file: str, model: str, bandwidths: tuple[float, ...], objective: str, as_json: bool) -> None:
+def sweep(file: str, model: str, bandwidths: tuple[float, ...], objective: str, margin: float, as_json: bool) -> None:
     """Plan, deploy and measure MODEL at each bandwidth, beside each device alone.
 
     MODEL is as for `splitnet plan`; py:testbed.models:cnn, :vit and :bert are at hand.
@@ -119,11 +122,13 @@ def sweep(file: str, model: str, bandwidths: tuple[float, ...], objective: str, 
         if not ahead:
             say("note: this process cannot go before others; on a busy machine its latencies are longer")
         points = []
-        for point in run(load(file), partitioner.load_model(model), [mbit * 1e6 / 8 for mbit in bandwidths], objective, say):
+        rates = [mbit * 1e6 / 8 for mbit in bandwidths]
+        for point in run(load(file), partitioner.load_model(model), rates, objective, say, margin=margin):
             points.append(point)
-            say(
-                f"{point.bandwidth_bytes_per_s * 8 / 1e6:g} Mbit/s: {' > '.join(point.chosen.nodes)}, {point.ratio:.2f} of the best device alone"
-            )
+            rate = f"{point.bandwidth_bytes_per_s * 8 / 1e6:g} Mbit/s"
+            say(f"{rate}: {' > '.join(point.chosen.nodes)}, {point.ratio:.2f} of the best device alone")
+            if point.reason:
+                say(f"  {point.reason}")
     click.echo(points_json(points) if as_json else f"{objective}, predicted -> measured\n{sweep_text(points)}")
 
 

@@ -12,7 +12,9 @@ from testbed.bed import Testbed
 from testbed.measuring import Subject, probed
 from testbed.spec import parse
 from testbed.sweep import points_json, sweep, sweep_text
+from testbed.turns import measure_in_turns
 
+import splitnet
 from partitioner.graph import ModelGraph
 
 BED = {
@@ -48,17 +50,31 @@ def test_each_device_alone_and_the_choice(model: ModelGraph) -> None:
     # A round trip of 60 ms for what takes some milliseconds: the device keeps it, and the server's figure holds the way there and back.
     assert point.chosen.nodes == ("device",)
     assert point.chosen is device
+    assert point.reason
     assert point.ratio == 1.0
-    assert server.latency_s > device.latency_s + 0.055
+    assert server.predicted_s > device.predicted_s + 0.055
     assert server.sent_bytes == 2 * 64 * 512 * 4
     assert device.sent_bytes == 0
-    assert server.outcome is None or server.outcome.latency_s > 0.06
-    assert device.outcome is not None
-    assert 0 < device.outcome.latency_s < 0.06
+    assert server.measured_s is None or server.measured_s > 0.06
+    assert device.measured_s is not None
     (document,) = json.loads(points_json([point]))
     assert document["chosen"]["nodes"] == ["device"]
-    assert document["alone"][0]["latency_s"] == device.outcome.latency_s
+    assert document["alone"][0]["measured_s"] == device.measured_s
+    assert document["reason"] == point.reason
     assert "device alone" in sweep_text([point])
+
+
+def test_plans_are_served_together_and_measured_in_turns(model: ModelGraph) -> None:
+    with Testbed(parse(BED)) as bed:
+        cluster = probed(bed, 0.2)
+        subject = Subject.measure(bed, model, cluster, 0.4)
+        plans = [subject.alone(cluster, name) for name in ("device", "server")]
+        latency = measure_in_turns(subject, plans, "latency", 0.3)
+        throughput = measure_in_turns(subject, plans, "throughput", 0.3)
+        assert [node.deployments for node in splitnet.status(bed.cluster())] == [(), ()]
+        assert bed.report()["delayed"] == ["->server", "device->server", "server->", "server->device"]  # shaped again
+    assert latency[1] > 0.06  # the client's way to the server and back
+    assert all(0 < seconds < latency[1] for seconds in throughput)  # many are under way at once
 
 
 def test_a_cut_by_hand_is_served_and_measured(model: ModelGraph) -> None:
