@@ -119,6 +119,10 @@ def profile(
 @click.option("--objective", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True, help="What to make best.")
 @click.option("-o", "--output", type=FILE, required=True, help="The plan to write; the shards go to a folder beside it.")
 @click.option("--profile", "profile_file", type=FILE, help="A profile made before, instead of measuring now.")
+@click.option(
+    "--calibration", "calibration_file", type=FILE, help="What `splitnet calibrate -o` wrote.  [default: the last one of this model]"
+)
+@click.option("--data", "data_file", type=FILE, help="The samples of that calibration, where they have moved.")
 @click.option("--from-bench", "bench_file", type=FILE, help="Correct the figures by what `splitnet bench -o` has measured.")
 @wish_options
 @click.option("--batch", type=click.IntRange(min=1), help="Items per batch that the plan is made for.  [default: as the model's example]")
@@ -128,8 +132,8 @@ def profile(
 @click.option("--draw", "picture", type=FILE, help="Draw the plan and what else could be planned, into .html, .svg or .png.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(
-    model: str, cluster_file: Path, objective: str, output: Path, profile_file: Path | None, bench_file: Path | None, batch: int | None,
-    sizes: tuple[tuple[str, int], ...], threads: int, picture: Path | None, as_json: bool, **others: Any,
+    model: str, cluster_file: Path, objective: str, output: Path, profile_file: Path | None, calibration_file: Path | None,
+    data_file: Path | None, bench_file: Path | None, batch: int | None, sizes: tuple[tuple[str, int], ...], threads: int, picture: Path | None, as_json: bool, **others: Any,
 ) -> None:  # fmt: skip
     """Choose where to cut MODEL for a cluster, and cut it.
 
@@ -149,11 +153,16 @@ def plan(
     Example: two to four stages, the head on the server, half of the Pi's time and 1 GiB of its memory taken
       splitnet plan hf:./vit --cluster cluster.toml --stages 2..4 --pin classifier=server --taken pi=1GiB,0.5 -o plan.json
     \b
+    Example: whatever loses less than half a percent on your own samples
+      splitnet calibrate hf:./minilm --data lines.txt --metric cosine
+      splitnet plan hf:./minilm --cluster cluster.toml --max-accuracy-loss 0.5% -o plan.json
+    \b
     Example: with a page of pictures
       splitnet plan hf:./minilm --cluster cluster.toml -o plan.json --draw plan.html
     """
     import partitioner
     from partitioner.bench_report import BenchReport
+    from partitioner.calibrate_command import accuracy
     from partitioner.drawing import check_path, draw
     from partitioner.feedback import corrected
     from partitioner.profiling import Profile
@@ -176,6 +185,7 @@ def plan(
     measured = given or _measure(graph, cluster, threads, 10 if others["scale"] else 3, others)
     if bench_file:
         measured, cluster = corrected(measured, cluster, BenchReport.load(bench_file))
+    asked |= accuracy(model, graph, calibration_file, data_file, asked)
     chosen = partitioner.plan(measured, cluster, objective=objective, **asked)
     say("cutting the model")
     shards = partitioner.cut(graph, chosen, output.with_suffix(".shards"))
@@ -192,8 +202,9 @@ def plan(
 
 
 def _free(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The wishes that hold for what else could be planned: all but where to cut and into how many."""
-    return {name: wish for name, wish in asked.items() if name not in ("at", "nodes", "stages", "max_stages")}
+    """The wishes that hold for what else could be planned: all but where to cut and into how many. (What else could be is not measured
+    for its loss.)"""
+    return {name: wish for name, wish in asked.items() if name not in ("at", "nodes", "stages", "max_stages", "measure_loss")}
 
 
 def _load(model: str, sizes: Mapping[str, int]) -> ModelGraph:

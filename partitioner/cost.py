@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from splitnet.cluster import Link
@@ -34,25 +34,26 @@ from splitnet.errors import BadInput, NoPlan
 from splitnet.plan import CLIENT, StageSpec, Transfer
 from splitnet.stage_memory import BUFFERED_REQUESTS, stage_memory_bytes
 
-__all__ = ["BUFFERED_REQUESTS", "NO_OVERHEAD", "RAW", "CodecFigures", "Cost", "Machine", "Overhead", "evaluate", "stage_memory_bytes"]
+__all__ = ["BUFFERED_REQUESTS", "NO_OVERHEAD", "RAW", "SHORTEST_S", "CodecFigures", "Cost", "Machine", "Overhead", "evaluate", "stage_memory_bytes"]
 
-_SHORTEST_S = 1e-9  # keeps the throughput of a plan that costs nothing finite
+SHORTEST_S = 1e-9  #: keeps the throughput of a plan that costs nothing finite
 
 
 @dataclass(frozen=True)
 class CodecFigures:
-    """What a codec does to activations: `ratio` is bytes before / bytes after; the speeds are bytes before per second of a
-    processor's time, one figure for all nodes or one per node by name; `error` is the loss that the caller allots to one
-    transfer, one figure or one per operator whose result is sent. Raises BadInput for a figure that cannot be."""
+    """What a codec does to activations: `ratio` is bytes before / bytes after, one figure or one per operator whose result is sent; the
+    speeds are bytes before per second of a processor's time, one figure for all nodes or one per node by name; `error` is the loss that the
+    caller allots to one transfer, one figure or one per operator. Raises BadInput for a figure that cannot be."""
 
-    ratio: float = 1.0
+    ratio: float | Mapping[str, float] = 1.0
     encode_bytes_per_s: float | Mapping[str, float] = math.inf
     decode_bytes_per_s: float | Mapping[str, float] = math.inf
     error: float | Mapping[str, float] = 0.0
 
     def __post_init__(self) -> None:
-        if not (0 < self.ratio < math.inf):
-            raise BadInput(f"a codec's ratio must be positive and finite, got {self.ratio}")
+        for ratio in self.ratio.values() if isinstance(self.ratio, Mapping) else (self.ratio,):
+            if not (0 < ratio < math.inf):
+                raise BadInput(f"a codec's ratio must be positive and finite, got {ratio}")
         for what, figure in (("encode_bytes_per_s", self.encode_bytes_per_s), ("decode_bytes_per_s", self.decode_bytes_per_s)):
             for speed in figure.values() if isinstance(figure, Mapping) else (figure,):
                 if not speed > 0:
@@ -66,6 +67,18 @@ class CodecFigures:
 
     def decode_s(self, size_bytes: float, node: str) -> float:
         return size_bytes / self._of(self.decode_bytes_per_s, node, "node")
+
+    @property
+    def best_ratio(self) -> float:
+        """That of the operator whose result is made smallest."""
+        return max(self.ratio.values(), default=1.0) if isinstance(self.ratio, Mapping) else self.ratio
+
+    def ratio_of(self, operator: str) -> float:
+        return self._of(self.ratio, operator, "operator")
+
+    def sent_bytes(self, size_bytes: float, operators: Iterable[str]) -> float:
+        """What a transfer of the results of these operators takes on the wire: by the least of their ratios."""
+        return size_bytes / (min(map(self.ratio_of, operators), default=1.0) if isinstance(self.ratio, Mapping) else self.ratio)
 
     def error_of(self, operator: str) -> float:
         return self._of(self.error, operator, "operator")
@@ -126,7 +139,7 @@ class Cost:
 
     @property
     def throughput_per_s(self) -> float:
-        return 1.0 / max(self.bottleneck_s, _SHORTEST_S)
+        return 1.0 / max(self.bottleneck_s, SHORTEST_S)
 
     def objective_s(self, objective: str) -> float:
         """The figure that the objective makes small: latency, or the bottleneck's time per request."""
@@ -144,7 +157,7 @@ def evaluate(
 ) -> Cost:
     """The cost of `stages` (in a topological order, on the nodes that they name) and the transfers between them.
 
-    `overheads` are by node. `producers` names the operator that makes each tensor, where a codec's error differs by operator. Raises NoPlan where a
+    `overheads` are by node. `producers` names the operator that makes each tensor, where a codec's error or ratio differs by operator. Raises NoPlan where a
     transfer has no link to go over, BadInput where its codec has no figures.
     """
     overheads = overheads or {}
@@ -180,7 +193,9 @@ def evaluate(
                     raise BadInput(f"there are no figures for the codec {transfer.codec!r}; there are for {', '.join(codecs)}")
                 encode = codec.encode_s(transfer.bytes, a) + overheads.get(a, NO_OVERHEAD).message_s * len(transfer.tensors)
                 decode = codec.decode_s(transfer.bytes, b) + overheads.get(b, NO_OVERHEAD).message_s * len(transfer.tensors)
-                busy = transfer.bytes / codec.ratio / link.bandwidth_bytes_per_s
+                made_by = [(producers or {}).get(t, t) for t in transfer.tensors]
+                sent = codec.sent_bytes(transfer.bytes, made_by)
+                busy = sent / link.bandwidth_bytes_per_s
                 start = max(at + encode, link_free[a, b])
                 link_free[a, b] = start + busy
                 arrival = start + link.latency_s + busy + decode
@@ -188,8 +203,8 @@ def evaluate(
                 node_seconds[b] += decode
                 link_seconds[a, b] += busy
                 link_bytes[a, b] += transfer.bytes
-                sent_bytes[a, b] += transfer.bytes / codec.ratio
-                errors.append(max((codec.error_of((producers or {}).get(t, t)) for t in transfer.tensors), default=0.0))
+                sent_bytes[a, b] += sent
+                errors.append(max(map(codec.error_of, made_by), default=0.0))
             ready[transfer.target] = max(ready[transfer.target], arrival)
 
     accepted = overheads.get(ingress, NO_OVERHEAD).request_s

@@ -17,7 +17,7 @@ from partitioner.layout import lay_out, lay_out_again
 from partitioner.pricing import DraftPrices, measured_codecs
 from partitioner.privacy import Privacy
 from partitioner.profiling import Profile
-from partitioner.solvers.bound import Instance, bottleneck_bound, latency_bound
+from partitioner.solvers.bound import Instance, bottleneck_bound, latency_bound, shared_bound
 from partitioner.solvers.constraints import Constraints, Operator, allowed_operators
 from partitioner.solvers.graphs import overhead_arrays, shared
 from partitioner.solvers.narrowing import narrowed
@@ -172,7 +172,7 @@ class Draft:
             bandwidth=bandwidth,
             latency=latency,
             return_tensors=len(answers),
-            given_codecs=replace(self.codecs, error=self.codecs.error[:, list(positions)]),
+            given_codecs=self.codecs.at(positions),
             given_overheads=overhead_arrays(self.names, self.overheads),
             allowed=None if self.allowed is None else np.logical_and.reduceat(self.allowed, positions[:-1], axis=1),
         )
@@ -283,8 +283,9 @@ class Draft:
                 uses[name] = uses.get(name, 0) + 1
         return tuple(sum(self.structure.param_sizes[p] for p in self.structure.vertices[i].params if uses[p] == 1) for i in kept)
 
-    def bound_s(self, goal: Objective) -> float:
-        """A lower bound over all plans. Only operators that run exactly once count: cheap ones may run anywhere, or not at all."""
+    def bound_s(self, goal: Objective, stages: int = 1) -> float:
+        """A lower bound over all plans of at least so many stages. Only operators that run exactly once count: cheap ones may run anywhere, or not
+        at all."""
         costs = self.costly
         kept = [i for i, o in enumerate(self.operators) if o.counts]
         if not kept:
@@ -308,7 +309,19 @@ class Draft:
             allowed=None if self.allowed is None else self.allowed[:, kept], input_bytes=np.asarray(entering, dtype=np.float64),
             return_bytes=answers,
         )  # fmt: skip
-        return bottleneck_bound(instance) if goal == "throughput" else latency_bound(instance)
+        if goal == "latency":
+            return latency_bound(instance)
+        seconds = costs.seconds if instance.allowed is None else np.where(instance.allowed, costs.seconds, np.inf)
+        return max([bottleneck_bound(instance), *(self._shared_s(machine, seconds, stages) for machine in self.machines)])
+
+    def _shared_s(self, machine: Machine, seconds: Floats, stages: int) -> float:
+        """See `shared_bound`. A stage that is not the first takes at least one tensor where each operator depends on an input of the model."""
+        fed: list[bool] = []
+        for vertex, operator in zip(self.structure.vertices, self.operators, strict=True):
+            fed.append(vertex.op == "input" or any(fed[u] for u in operator.before))
+        arrivals = all(f for f, operator in zip(fed, self.operators, strict=True) if operator.counts)
+        threads = {k: machine.threads[name] for k, name in enumerate(self.names) if name in machine.threads}
+        return shared_bound(seconds, threads, machine.cores, overhead_arrays(self.names, self.overheads), stages, arrivals)
 
     def cuts_for_two(self, goal: Objective, scale: Scale) -> Iterator[Placement]:
         """For two nodes and latency: what a minimum cut of the costly operators suggests."""
@@ -319,7 +332,7 @@ class Draft:
         bandwidth, latency = link_arrays(self.names, self.links)
         problem = costs.problem(
             np.array([self.limits[name] for name in self.names]), (bandwidth, latency),
-            replace(self.codecs, error=np.zeros((len(self.codecs.names), len(kept) + 1))), overhead_arrays(self.names, self.overheads),
+            replace(self.codecs, error=np.zeros((len(self.codecs.names), len(kept) + 1)), ratio_at=None), overhead_arrays(self.names, self.overheads),
             None if self.allowed is None else self.allowed[:, kept], (0, len(kept)),
         )  # fmt: skip
         for placement in two_tiers(costs, replace(problem, allowed=None if self.allowed is None else self.allowed[:, kept])).placements:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 
 import click
 
-__all__ = ["FILE", "Size", "measuring", "progress_bar", "say"]
+__all__ = ["FILE", "Share", "Size", "measuring", "progress_bar", "say"]
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -25,6 +26,20 @@ class Size(click.ParamType[tuple[str, int]]):
         if not symbol or not size.isdigit() or int(size) < 1:
             self.fail(f"{value!r} is not SYMBOL=N, as in sequence=128", param, ctx)
         return symbol, int(size)
+
+
+class Share(click.ParamType[float]):
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = math.nan
+        if not 0 <= share < math.inf:
+            self.fail(f"{value!r} is neither a percentage as 0.5% nor a share as 0.005", param, ctx)
+        return share
 
 
 def measuring(command: Callable[..., None]) -> Callable[..., None]:

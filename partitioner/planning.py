@@ -6,6 +6,8 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
+from partitioner.accuracy import MeasureLoss, choices, within
+from partitioner.calibration import Calibration
 from partitioner.cost import CodecFigures
 from partitioner.draft import Draft
 from partitioner.profiling import Profile
@@ -16,7 +18,7 @@ from partitioner.solvers.graphs import check_objective
 from partitioner.solvers.linear import alternatives, best_in_order
 from partitioner.solvers.placement import Placement, Selected
 from partitioner.solvers.problem import Candidate, Objective
-from partitioner.solvers.refine import fewest_bytes, refine
+from partitioner.solvers.refine import fewest_bytes, refine, thrift_note
 from splitnet.cluster import Cluster
 from splitnet.codecs import codec_names
 from splitnet.errors import BadInput, NoPlan
@@ -47,15 +49,20 @@ def plan(
     codecs: Mapping[str, CodecFigures] | None = None,
     link_codecs: Mapping[tuple[str, str], Sequence[str]] | None = None,
     max_accuracy_loss: float | None = None,
+    lossless: bool = False,
+    calibration: Calibration | None = None,
+    measure_loss: MeasureLoss | None = None,
     tolerance: float = TOLERANCE,
 ) -> Plan:
     """The plan that is predicted to be best for `objective`, "latency" or "throughput".
 
     One machine alone is always among the candidates. `stages` asks for exactly so many, or for a range, `max_stages` for at most so many.
     `at` cuts by hand, before each of these operators or modules, in order, and takes the `nodes` in the given order, one more than cuts
-    (default: the cluster's first ones). `codecs`: the figures of those to choose from (default: raw, and the lossless ones that all
-    nodes have measured). `tolerance`: of the plans that are within this share of the best one, what sends least is taken. The other wishes
-    are those of `partitioner.solvers.constraints.Constraints`; `forbid` takes nodes, or node -> patterns.
+    (default: the cluster's first ones). `codecs`: the figures of those to choose from (default: those that all nodes have measured and that are
+    lossless, or round as bfloat16 does and make the plan better by more than `tolerance`). `lossless`: only the former. `calibration`: what codecs cost
+    this model; with it `max_accuracy_loss` is the share that the plan may lose, and `measure_loss` says what a plan loses as a whole (a
+    `partitioner.calibrating.Task` has one): no plan that loses more is returned. `tolerance`: of the plans that are within this share of the best one,
+    what sends least is taken. The other wishes are those of `partitioner.solvers.constraints.Constraints`; `forbid` takes nodes, or node -> patterns.
 
     The profile's times are scaled to each node (see `Profile.on`). The candidates are exact over the model's own order of operators with every live
     tensor charged at its cut; the best ones are laid out, evaluated as they will run, and improved by local search. Raises BadInput or
@@ -78,37 +85,47 @@ def plan(
     if nodes is not None and at is None:
         raise BadInput("`nodes` gives the order of nodes for cuts by hand; it needs `at`")
     wishes.check(names, (*codec_names(), *(codecs or ())))
-    draft = Draft.make(profile, cluster, usable if nodes is None else [cluster.node(name) for name in nodes], wishes, codecs)
-    wishes.check(names, tuple(draft.figures))
-    draft = draft.restricted()
-    if at is not None:
-        return _manual(draft, goal, at)
-    allowed = stage_range(len(usable), stages, max_stages)
+    chosen = usable if nodes is None else [cluster.node(name) for name in nodes]
+
+    def best(figures: Mapping[str, CodecFigures], budget: float | None) -> Plan:
+        permitted = {pair: [name for name in usable_there if name in figures] for pair, usable_there in wishes.link_codecs.items()}
+        asked = replace(wishes, max_accuracy_loss=budget, link_codecs=permitted)
+        draft = Draft.make(profile, cluster, chosen, asked, figures).restricted()
+        if at is not None:
+            return _manual(draft, goal, at)
+        return _best(draft, goal, stage_range(len(usable), stages, max_stages), tolerance)
+
+    if codecs is not None:
+        given = codecs if "raw" in codecs else {"raw": CodecFigures(), **codecs}
+        wishes.check(names, tuple(given))
+        return best(given, max_accuracy_loss)
+    structure = profile.structure
+    choice = choices(chosen, structure, lossless=lossless, calibration=calibration, budget=max_accuracy_loss)
+    wishes.check(names, tuple(choice.every))
+    forced = any(not set(asked) & set(choice.safe) for asked in wishes.link_codecs.values())
+    return within(best, choice, structure, tolerance=tolerance, measure=measure_loss, forced=forced)
+
+
+def _best(draft: Draft, goal: Objective, allowed: range, tolerance: float) -> Plan:
     scale = draft.scale(goal, allowed)
     problem = draft.problem(draft.positions)
-    bound = draft.bound_s(goal)
+    bound = draft.bound_s(goal, min(allowed))
     best, _ = best_in_order(scale, problem, draft.positions, bound_s=bound)
     if best is None:
         operators = [draft.operators[a].name for a in draft.positions[:-1]]
-        raise scale.refused or why_no_plan(problem, operators, allowed, max_accuracy_loss)
+        raise scale.refused or why_no_plan(problem, operators, allowed, draft.wishes.max_accuracy_loss)
     if best.cost.objective_s(goal) > bound * (1 + 1e-9):
         for placement in draft.cuts_for_two(goal, scale):
             weighed = scale.weigh(placement)
             best = weighed if weighed is not None and scale.rank(weighed) < scale.rank(best) else best
         if len(best.realised.stages) > 1:
-            best = refine(scale, best, draft.before, len(usable), _REFINED, draft.blocks)
+            best = refine(scale, best, draft.before, len(draft.nodes), _REFINED, draft.blocks)
     if tolerance > 0 and len(best.realised.stages) > 1:
         for placement in draft.narrower(best.placement, problem):
             scale.weigh(placement)
     reached = best.cost.objective_s(goal)
     thrifty = fewest_bytes(scale, best, tolerance)
-    note = ""
-    if thrifty.bytes < best.bytes:
-        more = thrifty.cost.objective_s(goal) / reached - 1
-        saved = bytes_text(best.bytes - thrifty.bytes)
-        note = f"of the plans within {tolerance:.1%} of the best, the one that sends least: {saved} less" + (
-            f", {more:.1%} slower" if more > 0 else ""
-        )
+    note = thrift_note(best, thrifty, goal, tolerance)
     return _plan(draft, thrifty, goal, min(bound, reached, thrifty.cost.objective_s(goal)), note)
 
 

@@ -36,10 +36,10 @@ class DraftPrices:
         link = draft.links.get((a, b))
         if link is None:
             return math.inf
-        size_bytes = draft.structure.value_bytes[value]
+        size_bytes, maker = draft.structure.value_bytes[value], draft.structure.producer[value].name
         names = ("raw",) if source is None else draft.wishes.link_codecs.get((a, b), tuple(draft.figures))
         each = [
-            c.encode_s(size_bytes, a) + size_bytes / c.ratio / link.bandwidth_bytes_per_s + c.decode_s(size_bytes, b)
+            c.encode_s(size_bytes, a) + size_bytes / c.ratio_of(maker) / link.bandwidth_bytes_per_s + c.decode_s(size_bytes, b)
             for c in (draft.figures[name] for name in names)
         ]
         messages = sum(draft.overheads[node].message_s for node in (a, b))

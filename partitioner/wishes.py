@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from partitioner.options import Share
 from splitnet.errors import BadInput
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ _OPTIONS = (
     click.option("--taken", multiple=True, metavar="NODE=SIZE[,SHARE]", help="Memory and share of time (0 to 1) that others use there."),
     click.option("--codec", "link_codecs", multiple=True, metavar="A->B=CODEC[,CODEC]", help="The codecs that may be used on this link."),
     click.option("--codec-figures", type=_FILE, help="A TOML file: per codec a table with ratio, encode_bytes_per_s, decode_bytes_per_s, error."),
-    click.option("--max-accuracy-loss", type=click.FloatRange(min=0), help="What the errors of the codecs that are used may add up to."),
+    click.option("--max-accuracy-loss", type=Share(), help="How much the task may lose, as 0.5% or 0.005; see `splitnet calibrate`."),
+    click.option("--lossless", is_flag=True, help="Only codecs that change no bit: the answers are the whole model's."),
     click.option(
         "--tolerance", type=click.FloatRange(min=0, max=0.5), default=0.01, show_default=True,
         help="Of plans within this share of the best, take what sends least.",
@@ -67,7 +69,7 @@ def wish_options(command: _Command) -> _Command:
 def wishes(given: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments of `partitioner.plan`. Raises BadInput naming the option that is wrong."""
     found: dict[str, Any] = {
-        name: given[name] for name in ("stages", "max_stages", "input_at", "output_at", "max_accuracy_loss", "tolerance")
+        name: given[name] for name in ("stages", "max_stages", "input_at", "output_at", "max_accuracy_loss", "lossless", "tolerance")
     }
     found["at"], found["nodes"] = given["at"] or None, given["nodes"] or None
     found["pin"] = dict(_pair(text, "--pin", "PATTERN=NODE") for text in given["pin"])

@@ -31,6 +31,7 @@ SUMMARIES = {
     "node": "Start a node server.",
     "probe": "Measure nodes and the links between them.",
     "profile": "Measure the operators of a model.",
+    "calibrate": "Measure what codecs cost in accuracy, on your samples.",
     "plan": "Choose the cuts, and cut the model.",
     "deploy": "Ship shards to the nodes, verify, activate.",
     "run": "Send requests, print answers.",

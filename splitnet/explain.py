@@ -77,6 +77,8 @@ def _prediction(plan: Plan, predicted: Prediction) -> list[str]:
         f"  throughput  {predicted.throughput_per_s:.3g} batches/s (bottleneck: {predicted.bottleneck or 'not known'})",
         f"  quality     {_quality(plan, predicted)}",
     ]
+    if accuracy := _accuracy(plan, predicted):
+        lines.append(f"  accuracy    {accuracy}")
     if predicted.note:
         lines.append(f"  note        {predicted.note}")
     if predicted.memory_bytes:
@@ -102,6 +104,25 @@ def _quality(plan: Plan, predicted: Prediction) -> str:
         return "optimal: no plan with one stage per node is predicted to be better"
     share = f"{gap * 100:.1f}" if gap >= 1e-3 else f"{gap * 100:.1g}"
     return f"within {share}% of any plan with one stage per node (proven bound {seconds_text(predicted.bound)})"
+
+
+def _accuracy(plan: Plan, predicted: Prediction) -> str:
+    """ "" where answers are the whole model's bits."""
+    from splitnet.codecs import codec_names, get_codec  # which need numpy; a plan does not
+
+    node = {stage.name: stage.node for stage in plan.stages} | {CLIENT: plan.stages[0].node}
+    known = codec_names()
+    exact = {name for name in known if get_codec(name).lossless}
+    lossy = [
+        f"{t.codec} on {node[t.source]}->{node[t.target]}"
+        for t in plan.transfers
+        if node[t.source] != node[t.target] and t.codec not in exact
+    ]
+    if not lossy:
+        return ""
+    if predicted.loss_of:
+        return f"loses {predicted.loss:.3%} by {', '.join(dict.fromkeys(lossy))}: {predicted.loss_of} (the whole plan, measured)"
+    return f"not the whole model's bits: {', '.join(dict.fromkeys(lossy))}. What that costs was not measured; --lossless forbids it"
 
 
 def _verdict(plan: Plan, predicted: Prediction) -> str:

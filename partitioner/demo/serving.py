@@ -47,7 +47,7 @@ class Served:
 
 def serve(model: ModelGraph, cluster: Cluster, *, name: str, stages: int, folder: Path, profile: partitioner.Profile) -> Served:
     """Plans the model over the cluster in that many stages, cuts it, and deploys it."""
-    plan = partitioner.plan(profile, cluster, objective="throughput", stages=stages)
+    plan = partitioner.plan(profile, cluster, objective="throughput", stages=stages, lossless=True)
     shards = partitioner.cut(model, plan, folder / name)
     plan = plan.with_shards({stage: shard.sha256 for stage, shard in shards.items()})
     splitnet.deploy(plan, shards, name=name)

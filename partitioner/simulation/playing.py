@@ -124,7 +124,8 @@ class _Player:
             self.links[a, b] = LinkQueue(f"{a}->{b}", link, self.clock, self.log, within)
         encode_s = codec.encode_s(transfer.bytes, a) + self._overhead(transfer.source).message_s * len(transfer.tensors)
         decode_s = codec.decode_s(transfer.bytes, b) + self._overhead(transfer.target).message_s * len(transfer.tensors)
-        return _Route(transfer.source, transfer.target, self.links[a, b], encode_s, decode_s, transfer.bytes / codec.ratio)
+        sent = codec.sent_bytes(transfer.bytes, transfer.tensors)  # a tensor is called like its operator, but where one has several
+        return _Route(transfer.source, transfer.target, self.links[a, b], encode_s, decode_s, sent)
 
     def play(self, times: Sequence[float]) -> Simulation:
         self.arrived = list(times)

@@ -65,7 +65,13 @@ def group(problem: ChainProblem) -> Grouped:
         bandwidth=pairs(problem.bandwidth),
         latency=latency,
         given_codecs=Codecs(
-            codecs.names, codecs.ratio, codecs.encode[:, first], codecs.decode[:, first], codecs.error, pairs(codecs.permitted)
+            codecs.names,
+            codecs.ratio,
+            codecs.encode[:, first],
+            codecs.decode[:, first],
+            codecs.error,
+            pairs(codecs.permitted),
+            codecs.ratio_at,
         ),
         given_overheads=Overheads(overheads.stage_s[first], overheads.message_s[first], overheads.request_s[first]),
         allowed=None if problem.allowed is None else problem.allowed[first],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, TypeAlias
 
@@ -24,11 +24,17 @@ class Codecs:
     """C codecs as arrays; the first is the one that answers travel in. `permitted` says which may be used from row to column."""
 
     names: tuple[str, ...]
-    ratio: Floats  # (C,)
+    ratio: Floats  # (C,); the best of each codec's where it differs by position
     encode: Floats  # (C, M): bytes per second
     decode: Floats  # (C, M)
     error: Floats  # (C, L+1): of a cut at each position
     permitted: np.ndarray  # (C, M, M) bool
+    ratio_at: Floats | None = None  # (C, L+1): of a cut at each position, where it differs
+
+    def at(self, positions: Sequence[int]) -> Codecs:
+        """The figures of these positions only."""
+        ratio_at = None if self.ratio_at is None else self.ratio_at[:, list(positions)]
+        return replace(self, error=self.error[:, list(positions)], ratio_at=ratio_at)
 
     @classmethod
     def raw(cls, devices: int, length: int) -> Codecs:
@@ -132,7 +138,8 @@ class ChainProblem:
     @functools.cached_property
     def wire_s(self) -> Floats:
         """(C, M, M, L+1): how long a cut keeps the link busy; inf where there is no link, or the codec is not permitted on it."""
-        busy = self.cut_bytes / self.codecs.ratio[:, None, None, None] / self.bandwidth[None, :, :, None]
+        ratio = self.codecs.ratio[:, None] if self.codecs.ratio_at is None else self.codecs.ratio_at
+        busy = self.cut_bytes / ratio[:, None, None, :] / self.bandwidth[None, :, :, None]
         missing = ~np.isfinite(self.latency)[None] | ~self.codecs.permitted
         return np.where(self.cut_bytes > 0, np.where(missing[..., None], np.inf, busy), 0.0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +118,7 @@ class GraphCosts:
             latency=links[1],
             cut_tensors=self.cut_tensors[list(positions)],
             return_tensors=sum(value.answer for value in self.values),
-            given_codecs=replace(codecs, error=codecs.error[:, list(positions)]),
+            given_codecs=codecs.at(positions),
             given_overheads=overheads,
             allowed=None if barred is None else ~barred,
         )
@@ -276,7 +276,7 @@ def codec_arrays(
     codecs: Mapping[str, CodecFigures], devices: Sequence[str], operators: Sequence[Operator],
     link_codecs: Mapping[tuple[str, str], Sequence[str]], share: Mapping[str, float],
 ) -> Codecs:  # fmt: skip
-    """`error` is of a cut before each operator: that of the result of the operator before it."""
+    """`error` and `ratio_at` are of a cut before each operator: those of the result of the operator before it."""
     names = tuple(sorted(codecs, key=lambda name: name != "raw"))
     place = {name: k for k, name in enumerate(devices)}
     permitted = np.ones((len(names), len(devices), len(devices)), dtype=bool)
@@ -295,7 +295,13 @@ def codec_arrays(
             error[c, 1:-1] = [codecs[name].error_of(operator.name) for operator in operators[:-1]]
         else:
             error[c, 1:-1] = codecs[name].error_of("")
-    return Codecs(names, np.array([codecs[name].ratio for name in names]), speeds[..., 0], speeds[..., 1], error, permitted)
+    ratio = np.array([codecs[name].best_ratio for name in names])
+    ratio_at = None
+    if any(isinstance(codecs[name].ratio, Mapping) for name in names):
+        ratio_at = np.repeat(ratio[:, None], len(operators) + 1, axis=1)
+        for c, name in enumerate(names):
+            ratio_at[c, 1:-1] = [codecs[name].ratio_of(operator.name) for operator in operators[:-1]]
+    return Codecs(names, ratio, speeds[..., 0], speeds[..., 1], error, permitted, ratio_at)
 
 
 def _seconds_on(graph: networkx.DiGraph, vertex: Any, devices: Sequence[str], items: int) -> list[float]:
