@@ -21,6 +21,7 @@
           |-- Cancelled            somebody cancelled the request
           |-- NodeUnavailable      a node cannot be reached, or went away
           |-- EngineFailure        the shard's computation failed
+          |-- ReferenceLost        a delta frame refers to one that was lost; sending the request again helps
           `-- ProtocolError        a peer sent what the contract does not allow
 
 An error names the place (node, stage, request), what was expected, what came, and the remedy. It crosses the network as a
@@ -34,7 +35,7 @@ from typing import ClassVar
 __all__ = [
     "AlreadyExists", "BadCluster", "BadInput", "BadModel", "BadPlan", "BadShard", "Cancelled", "CaptureError", "DeadlineExceeded",
     "EngineFailure", "InsufficientMemory", "MissingExtra", "NoPlan", "NodeUnavailable", "NotFound", "NotPermitted", "Overloaded",
-    "ProtocolError", "ServiceError", "SplitnetError", "StorageFailure", "UserError", "error_class",
+    "ProtocolError", "ReferenceLost", "ServiceError", "SplitnetError", "StorageFailure", "UserError", "error_class",
 ]  # fmt: skip
 
 
@@ -156,6 +157,10 @@ class NodeUnavailable(ServiceError):
 
 class EngineFailure(ServiceError):
     grpc_code = 13  # INTERNAL
+
+
+class ReferenceLost(ServiceError):
+    grpc_code = 10  # ABORTED
 
 
 class ProtocolError(ServiceError):
