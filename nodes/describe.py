@@ -44,6 +44,7 @@ class Describer:
             device="cpu",
             threads=config.threads,
             engines=engine_names(),
+            engine=config.engine,
             codecs=codec_names(),
             uptime_s=time.monotonic() - self._started_s,
             draining=ledger.draining,

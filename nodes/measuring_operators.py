@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nodes.engines import load_engine
-from nodes.engines.base import TimedEngine
+from nodes.engines import AUTO, REFERENCE, able, load_engine
+from nodes.engines.base import Engine, TimedEngine
+from nodes.engines.choosing import compare_engines
 from splitnet.errors import BadInput, BadShard, InsufficientMemory, NotFound, Overloaded
 from splitnet.rpc.v1 import node_pb2 as pb
-from splitnet.shard import Shard, check_member
+from splitnet.shard import STORED_DTYPES, Shard, check_member, read_header
+from splitnet.tensors import DTYPES, aligned_empty
 
 if TYPE_CHECKING:
     from nodes.compute import ComputeThread
@@ -74,11 +76,11 @@ class OperatorTimer:
         timing = _Timing(shard, self._ledger.config.threads, self._ledger.config.engine)
         end = time.perf_counter() + budget_s
         try:
-            await self._compute.call(timing.load)
             if missing := [spec.name for spec in shard.manifest.inputs if spec.name not in values]:
                 raise BadInput(
                     f"operators: input {missing[0]!r} of shard {shard.sha256[:12]} is neither given nor made by a piece before it"
                 )
+            await self._compute.call(functools.partial(timing.load, values))
             for done in range(_WARM_UP + _MOST_ROUNDS):
                 if done >= _WARM_UP + _FEWEST_ROUNDS and time.perf_counter() > end:
                     break
@@ -93,7 +95,9 @@ class OperatorTimer:
     def _check_memory(self, shard: Shard, held_bytes: int) -> None:
         limit = self._ledger.config.memory_bytes
         used = sum(deployment.reserved_bytes for deployment in self._ledger.deployments.values())
-        needed = shard.manifest.param_bytes + shard.manifest.activation_bytes + held_bytes
+        # The engine that serves may be another than the one that tells the operators' shares.
+        copies = 1 if self._ledger.config.engine in (REFERENCE, shard.manifest.engine) else min(2, max(1, len(able(shard))))
+        needed = copies * shard.manifest.param_bytes + shard.manifest.activation_bytes + held_bytes
         if limit and used + needed > limit:
             raise InsufficientMemory(
                 f"measuring this model needs {needed} bytes here; of the limit of {limit} bytes {used} are taken",
@@ -108,17 +112,30 @@ class _Timing:
         self._shard = shard
         self._threads = threads
         self._engine_name = engine
-        self._engine: TimedEngine | None = None
+        self._engine: Engine | None = None  # the one that would serve
+        self._clock: TimedEngine | None = None  # the one that says what share each operator has
         self._whole: list[float] = []
         self._each: dict[str, list[float]] = {}
         self.outputs: _Arrays = {}
         self.last_s = 0.0  # of an undisturbed run
 
-    def load(self) -> None:
-        engine = load_engine(self._shard, threads=self._threads, engine=self._engine_name, made_up=True)
-        if not isinstance(engine, TimedEngine):
-            raise NotFound(f"engine {engine.name!r} cannot time its operators", remedy="the planner scales another node's times: --scale")
-        self._engine = engine
+    def load(self, values: Mapping[str, np.ndarray]) -> None:
+        name = self._engine_name
+        if name == AUTO:
+            name = compare_engines(self._shard, able(self._shard), self._given(values), threads=self._threads, made_up=True)[0]
+        self._engine = load_engine(self._shard, threads=self._threads, engine=name, made_up=True)
+        self._clock = self._engine if isinstance(self._engine, TimedEngine) else self._timed_twin(self._engine.name)
+
+    def _timed_twin(self, name: str) -> TimedEngine:
+        """An engine that fuses operators cannot tell them apart: the reference says their shares of the whole."""
+        for other in able(self._shard):
+            engine = load_engine(self._shard, threads=self._threads, engine=other, made_up=True) if other != name else None
+            if isinstance(engine, TimedEngine):
+                return engine
+        raise NotFound(
+            f"engine {name!r} cannot time its operators, and no other engine here can",
+            remedy="the planner scales another node's times: --scale",
+        )
 
     def whole(self, values: Mapping[str, np.ndarray], keep: bool) -> None:
         assert self._engine is not None
@@ -130,9 +147,9 @@ class _Timing:
             self._whole.append(self.last_s)
 
     def timed(self, values: Mapping[str, np.ndarray], keep: bool) -> None:
-        assert self._engine is not None
+        assert self._clock is not None
         times: dict[str, float] = {}
-        self._engine.run_timed(self._given(values), times.__setitem__)
+        self._clock.run_timed(self._given(values), times.__setitem__)
         if keep:
             for name, seconds in times.items():
                 self._each.setdefault(name, []).append(seconds)
@@ -141,32 +158,40 @@ class _Timing:
         return {spec.name: values[spec.name] for spec in self._shard.manifest.inputs}
 
     def forget(self) -> None:
-        self._engine = None
+        self._engine = self._clock = None
         self.outputs = {}
 
     def reply(self) -> pb.OperatorsReply:
         assert self._engine is not None
+        assert self._clock is not None
         whole_s = statistics.median(self._whole)
+        each = {name: statistics.median(seconds) for name, seconds in self._each.items()}
+        engine = self._engine.name
+        if self._clock is not self._engine:
+            share = whole_s / max(sum(each.values()), 1e-12)
+            each = {name: seconds * share for name, seconds in each.items()}
+            engine = f"{engine} (shared out among the operators as by {self._clock.name})"
         held = sum(self._shard.manifest.members[n].size_bytes for n in self._shard.manifest.members if n.endswith(".safetensors"))
         return pb.OperatorsReply(
-            operators=[pb.OperatorTime(name=name, seconds=statistics.median(seconds)) for name, seconds in self._each.items()],
+            operators=[pb.OperatorTime(name=name, seconds=seconds) for name, seconds in each.items()],
             whole_s=whole_s,
             rounds=len(self._whole),
             spread=statistics.median(abs(w - whole_s) for w in self._whole) / max(whole_s, 1e-12),
-            engine=self._engine.name,
+            engine=engine,
             made_up_weights=held < self._shard.manifest.param_bytes,
         )
 
 
 def _read(path: Path) -> _Arrays:
-    """In the compute thread: what torch allocates is freed there."""
-    import safetensors
-    import torch
-
-    from nodes.engines.torch_graph import to_array
-
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            return {name: to_array(torch.clone(file.get_tensor(name))) for name in file.keys()}  # noqa: SIM118 (it is not a mapping)
-    except safetensors.SafetensorError as error:
-        raise BadShard(f"the example inputs cannot be read: {error}", remedy="send them again") from None
+    """In the compute thread: what is allocated there is freed there. Its header was checked, so that the bytes are what it says."""
+    inputs: _Arrays = {}
+    for name, stored in read_header(path).items():
+        if stored.dtype not in STORED_DTYPES:
+            raise BadShard(
+                f"the example input {name!r} has the element type {stored.dtype}, which cannot be sent", remedy="send another one"
+            )
+        dtype = DTYPES[STORED_DTYPES[stored.dtype]]
+        data = aligned_empty(stored.end - stored.begin)
+        data[:] = np.fromfile(path, np.uint8, stored.end - stored.begin, offset=stored.begin)
+        inputs[name] = data.view(dtype).reshape(stored.shape)
+    return inputs

@@ -1,6 +1,6 @@
 """What was measured on nodes, kept on this machine: $XDG_CACHE_HOME/splitnet/profiles, by default ~/.cache/splitnet/profiles.
 
-One JSON file per model (graph and weights), sizes and kind of device (processor, threads); in it one entry per speed, because two boxes
+One JSON file per model (graph and weights), sizes and kind of device (processor, threads, engine); in it one entry per speed, because two boxes
 with one processor may differ (cooling, power, neighbours). A file that cannot be read, or is of another version, counts as absent.
 """
 
@@ -20,8 +20,9 @@ from partitioner.structure import Structure
 from splitnet import __version__
 from splitnet.cluster import ClusterNode, same_speed
 
-__all__ = ["ProfileCache", "default_directory"]
+__all__ = ["REFERENCE", "ProfileCache", "default_directory"]
 
+REFERENCE = "reference"  #: a node's engine unless it was told otherwise
 _VERSION = 1
 
 
@@ -36,37 +37,37 @@ class ProfileCache:
 
     directory: Path
 
-    def find(self, structure: Structure, node: ClusterNode) -> Column | None:
-        """What a node of this kind and speed took for this model at these sizes."""
-        for entry in self._entries(structure, node):
+    def find(self, structure: Structure, node: ClusterNode, engine: str = REFERENCE) -> Column | None:
+        """What a node of this kind and speed, told to use that engine, took for this model at these sizes."""
+        for entry in self._entries(structure, node, engine):
             if same_speed(entry["reference_s"], node.reference_s) and len(entry["seconds"]) == len(structure.vertices):
                 day = time.strftime("%Y-%m-%d", time.localtime(entry["time_s"]))
                 return Column(tuple(entry["seconds"]), f"{entry['how']} (kept from {day})")
         return None
 
-    def keep(self, structure: Structure, node: ClusterNode, column: Column) -> None:
+    def keep(self, structure: Structure, node: ClusterNode, column: Column, engine: str = REFERENCE) -> None:
         """Replaces what was known of a device of this kind and speed. Nothing is kept of a device whose kind is not known."""
         if not node.processor or not node.reference_s:
             return
-        entries = [e for e in self._entries(structure, node) if not same_speed(e["reference_s"], node.reference_s)]
+        entries = [e for e in self._entries(structure, node, engine) if not same_speed(e["reference_s"], node.reference_s)]
         entries.append({"reference_s": node.reference_s, "seconds": column.seconds, "how": column.how, "time_s": time.time()})
         self.directory.mkdir(parents=True, exist_ok=True)
-        path = self._path(structure, node)
+        path = self._path(structure, node, engine)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
         temporary.write_text(json.dumps({"version": _VERSION, "model": structure.name, "entries": entries}, indent=1))
         temporary.replace(path)
 
-    def _entries(self, structure: Structure, node: ClusterNode) -> list[dict[str, Any]]:
+    def _entries(self, structure: Structure, node: ClusterNode, engine: str) -> list[dict[str, Any]]:
         try:
-            document = json.loads(self._path(structure, node).read_text())
+            document = json.loads(self._path(structure, node, engine).read_text())
             if document["version"] != _VERSION:
                 return []
             return [_entry(e) for e in document["entries"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return []
 
-    def _path(self, structure: Structure, node: ClusterNode) -> Path:
-        key = [structure.sha256, sorted(structure.symbols.items()), node.processor, node.device, node.threads, __version__]
+    def _path(self, structure: Structure, node: ClusterNode, engine: str) -> Path:
+        key = [structure.sha256, sorted(structure.symbols.items()), node.processor, node.device, node.threads, engine, __version__]
         return self.directory / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
 
 

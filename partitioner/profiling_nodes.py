@@ -20,7 +20,7 @@ from safetensors.torch import save
 
 from partitioner.cutting import write_stage
 from partitioner.layout import StageLayout, lay_out
-from partitioner.profile_cache import ProfileCache
+from partitioner.profile_cache import REFERENCE, ProfileCache
 from partitioner.profiling import Column, Profile, matched
 from splitnet.channel import open_channel, stub, translated
 from splitnet.cluster import Cluster, ClusterNode, equal_devices
@@ -57,6 +57,7 @@ class Options:
 @dataclass(frozen=True)
 class _Timed:
     node: ClusterNode
+    engine: str  # as it was told
     column: Column
 
 
@@ -71,14 +72,14 @@ async def measure_columns(
     for done, node in enumerate(cluster.nodes):
         if on_progress:
             on_progress(done, len(cluster.nodes), f"operators on {node.name}")
-        known = await _identified(node)
-        twin = next((t for t in measured if equal_devices(t.node, known)), None)
-        cached = options.cache.find(model.structure, known) if options.cache and not options.refresh else None
+        known, engine = await _identified(node)
+        twin = next((t for t in measured if t.engine == engine and equal_devices(t.node, known)), None)
+        cached = options.cache.find(model.structure, known, engine) if options.cache and not options.refresh else None
         if twin is not None:
             columns[node.name] = Column(twin.column.seconds, f"as node {twin.node.name!r}, an equal device: {twin.column.how}")
         elif cached is not None:
             columns[node.name] = cached
-            measured.append(_Timed(known, cached))
+            measured.append(_Timed(known, engine, cached))
         else:
             try:
                 column = await _measured(model, known, options)
@@ -86,26 +87,34 @@ async def measure_columns(
                 own = scaled.scaled_to(known)
                 columns[node.name] = Column(own.seconds, f"{own.how}, because the node could not measure it: {error.message}")
                 continue
-            measured.append(_Timed(known, column))
+            measured.append(_Timed(known, engine, column))
             columns[node.name] = column
             if options.cache:
-                options.cache.keep(model.structure, known, column)
+                options.cache.keep(model.structure, known, column, engine)
     if on_progress:
         on_progress(len(cluster.nodes), len(cluster.nodes), "")
     return columns
 
 
-async def _identified(node: ClusterNode) -> ClusterNode:
-    """The node with what the cluster file does not say of it (a file written by hand)."""
-    if node.processor and node.reference_s:
-        return node
+async def _identified(node: ClusterNode) -> tuple[ClusterNode, str]:
+    """The node with what the cluster file does not say of it (a file written by hand), and the engine that it was told to use."""
+    known = bool(node.processor and node.reference_s)
     async with open_channel(node.address) as channel:
+        try:
+            with _at(node):
+                there = await stub(channel).Describe(pb.DescribeRequest(), timeout=10)
+        except NodeUnavailable:
+            if not known:
+                raise
+            return node, REFERENCE  # what is kept of such a node may do; measuring it would raise again
+        if known:
+            return node, there.engine
         with _at(node):
-            there = await stub(channel).Describe(pb.DescribeRequest(), timeout=10)
             reference = await stub(channel).Measure(pb.MeasureRequest(compute=True, budget_s=0.5), timeout=_GRACE_S)
-    return dataclasses.replace(
+    seen = dataclasses.replace(
         node, processor=there.processor, threads=there.threads or node.threads, reference_s=node.reference_s or reference.seconds
     )
+    return seen, there.engine
 
 
 async def _measured(model: ModelGraph, node: ClusterNode, options: Options) -> Column:

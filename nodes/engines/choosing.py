@@ -16,7 +16,7 @@ from splitnet.output_sizes import MAX_VALUE_BYTES
 from splitnet.shard import Shard
 from splitnet.tensors import DTYPES, TensorSpec
 
-__all__ = ["Chosen", "choose_engine", "made_up_inputs", "shapes_of"]
+__all__ = ["Chosen", "choose_engine", "compare_engines", "made_up_inputs", "shapes_of"]
 
 _LINEAR = re.compile(r"(?:(\d+)\*)?([A-Za-z_]\w*)(?: ([+-]) (\d+))?\Z")  # sizes as the planner writes them: "2*batch + 1"
 
@@ -35,19 +35,35 @@ class Chosen:
 
 
 def choose_engine(shard: Shard, symbols: Mapping[str, int], *, threads: int, max_value_bytes: int = MAX_VALUE_BYTES) -> Chosen:
-    """To be called in the compute thread. `symbols`: the sizes for which the plan was made. The shard's own engine, where it can run here, is the one to beat. One engine at
-    a time holds the weights, and the chosen one is loaded once more. Raises what loading raises where only one can run the shard."""
+    """To be called in the compute thread. `symbols`: the sizes for which the plan was made. The shard's own engine, where it can run here, is the one to beat. One
+    engine at a time holds the weights, and the chosen one is loaded once more. Raises what loading raises where only one can run the shard."""
     names = able(shard) or (resolve(shard, shard.manifest.engine),)
     if len(names) == 1:
         only = load_engine(shard, threads=threads, engine=names[0], max_value_bytes=max_value_bytes)
         said = f" ({'; '.join(shard.manifest.notes)})" if shard.manifest.notes else ""
         return Chosen(only, f"{names[0]}: the only one that can run this stage here{said}", {})
     inputs = made_up_inputs(shard.manifest.inputs, shapes_of(shard.manifest.inputs, symbols))
+    name, why, seconds = compare_engines(shard, names, inputs, threads=threads, max_value_bytes=max_value_bytes)
+    return Chosen(load_engine(shard, threads=threads, engine=name, max_value_bytes=max_value_bytes), why, seconds)
+
+
+def compare_engines(
+    shard: Shard,
+    names: Sequence[str],
+    inputs: Mapping[str, np.ndarray],
+    *,
+    threads: int,
+    made_up: bool = False,
+    max_value_bytes: int = MAX_VALUE_BYTES,
+) -> tuple[str, str, dict[str, float]]:
+    """Which of them is fastest on these inputs, why in words, and the seconds of each that could run. Raises EngineFailure where none could."""
     seconds: dict[str, float] = {}
     refused: list[str] = []
     for name in names:
         try:
-            seconds[name] = _fastest(load_engine(shard, threads=threads, engine=name, max_value_bytes=max_value_bytes), inputs)
+            engine = load_engine(shard, threads=threads, engine=name, made_up=made_up, max_value_bytes=max_value_bytes)
+            seconds[name] = _fastest(engine, inputs)
+            del engine
         except SplitnetError as error:
             refused.append(f"{name} could not run it: {error.message}")
     if not seconds:
@@ -55,15 +71,11 @@ def choose_engine(shard: Shard, symbols: Mapping[str, int], *, threads: int, max
             f"no engine runs stage {shard.manifest.stage!r} on made-up inputs: {'; '.join(refused)}",
             remedy=f"start the node with --engine {names[0]}",
         )
-    own = next((name for name in names if name in seconds), names[0])
+    own = next(name for name in names if name in seconds)
     best = min(seconds, key=lambda name: seconds[name])
     chosen = best if seconds[best] <= _MARGIN * seconds[own] else own
     figures = ", ".join(f"{name} {took * 1e3:.3g} ms" for name, took in sorted(seconds.items(), key=lambda item: item[1]))
-    return Chosen(
-        load_engine(shard, threads=threads, engine=chosen, max_value_bytes=max_value_bytes),
-        "; ".join([f"{chosen}: measured {figures}", *refused]),
-        seconds,
-    )
+    return chosen, "; ".join([f"{chosen}: measured {figures}", *refused]), seconds
 
 
 def shapes_of(specs: Sequence[TensorSpec], symbols: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,7 @@ from splitnet.errors import BadShard, EngineFailure
 from splitnet.onnx_format import Place, from_bytes, to_bytes
 from splitnet.onnx_nouns import ONNX_MEMBER, WEIGHT, OnnxGraph, OnnxValue
 from splitnet.output_sizes import MAX_VALUE_BYTES
-from splitnet.shard import Shard, read_header
+from splitnet.shard import STORED_DTYPES, Shard, read_header
 from splitnet.tensors import DTYPES, TensorSpec
 
 __all__ = ["OnnxEngine"]
@@ -25,10 +25,6 @@ _ERRORS = (
     state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NotImplemented, state.RuntimeException, state.EPFail,
     RuntimeError, TypeError, ValueError, MemoryError,
 )  # fmt: skip
-#: safetensors' names of element types
-_STORED = {
-    "F32": "float32", "F64": "float64", "F16": "float16", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
 _SILENT = 4  # log only what is fatal: an error is raised anyway
 _ARENA_VALUES = 2  # the values of a run together may take so many times what one may
 _SAME_AS_REQUESTED = 1  # the arena grows by what is asked for, not by powers of two
@@ -131,7 +127,7 @@ def _find_weights(shard: Shard, graph: OnnxGraph, made_up: bool) -> tuple[dict[s
             weight = wanted.get(name)
             if weight is None:
                 continue  # only the torch graph uses it
-            if _STORED.get(stored.dtype) != weight.dtype or stored.shape != weight.shape:
+            if STORED_DTYPES.get(stored.dtype) != weight.dtype or stored.shape != weight.shape:
                 raise BadShard(
                     f"{path}: weight {name!r} should be {weight.dtype} {weight.shape}, the file has {stored.dtype} {stored.shape}",
                     remedy="cut the model again",

@@ -17,9 +17,9 @@ from __future__ import annotations
 from splitnet.shard.directory import MANIFEST, Shard, check_member, open_shard, write_shard
 from splitnet.shard.manifest import DEFAULT_LIMITS, ENGINE_FORMATS, SHARD_VERSION, Manifest, Member, ShardLimits
 from splitnet.shard.packed import open_packed, pack, unpack
-from splitnet.shard.weights import StoredTensor, read_header
+from splitnet.shard.weights import STORED_DTYPES, StoredTensor, read_header
 
 __all__ = [
-    "DEFAULT_LIMITS", "ENGINE_FORMATS", "MANIFEST", "SHARD_VERSION", "Manifest", "Member", "Shard", "ShardLimits", "StoredTensor",
+    "DEFAULT_LIMITS", "ENGINE_FORMATS", "MANIFEST", "SHARD_VERSION", "STORED_DTYPES", "Manifest", "Member", "Shard", "ShardLimits", "StoredTensor",
     "check_member", "open_packed", "open_shard", "pack", "read_header", "unpack", "write_shard",
 ]  # fmt: skip

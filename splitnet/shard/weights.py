@@ -15,11 +15,16 @@ from typing import Any
 
 from splitnet.shard.manifest import DEFAULT_LIMITS, ShardLimits, fault, strict_json
 
-__all__ = ["StoredTensor", "looks_pickled", "read_header"]
+__all__ = ["STORED_DTYPES", "StoredTensor", "looks_pickled", "read_header"]
 
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+#: safetensors' names of those element types that may cross a cut -> ours
+STORED_DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "F16": "float16", "BF16": "bfloat16", "I32": "int32", "F32": "float32",
+    "I64": "int64", "F64": "float64", "C64": "complex64",
 }  # fmt: skip
 _MAX_DIMENSIONS = 64
 _TAMPERED = "the file is damaged or was tampered with: cut the model again"

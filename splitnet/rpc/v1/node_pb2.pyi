@@ -266,6 +266,7 @@ class DescribeReply(google.protobuf.message.Message):
     MACHINE_FIELD_NUMBER: builtins.int
     CORES_FIELD_NUMBER: builtins.int
     PROCESSOR_FIELD_NUMBER: builtins.int
+    ENGINE_FIELD_NUMBER: builtins.int
     name: builtins.str
     version: builtins.str
     memory_limit_bytes: builtins.int
@@ -289,6 +290,8 @@ class DescribeReply(google.protobuf.message.Message):
     """processors of that machine that the process may use"""
     processor: builtins.str
     """the processor's model, for people and to find equal devices"""
+    engine: builtins.str
+    """which of the engines it was told to use: "reference", "auto", or a name"""
     @property
     def deployments(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___DeploymentStatus]: ...
     @property
@@ -319,8 +322,9 @@ class DescribeReply(google.protobuf.message.Message):
         machine: builtins.str = ...,
         cores: builtins.int = ...,
         processor: builtins.str = ...,
+        engine: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["codecs", b"codecs", "cores", b"cores", "deployments", b"deployments", "device", b"device", "draining", b"draining", "engines", b"engines", "insecure", b"insecure", "links", b"links", "machine", b"machine", "max_message_bytes", b"max_message_bytes", "max_tensor_bytes", b"max_tensor_bytes", "memory_limit_bytes", b"memory_limit_bytes", "memory_used_bytes", b"memory_used_bytes", "name", b"name", "process_memory_bytes", b"process_memory_bytes", "processor", b"processor", "threads", b"threads", "uptime_s", b"uptime_s", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["codecs", b"codecs", "cores", b"cores", "deployments", b"deployments", "device", b"device", "draining", b"draining", "engine", b"engine", "engines", b"engines", "insecure", b"insecure", "links", b"links", "machine", b"machine", "max_message_bytes", b"max_message_bytes", "max_tensor_bytes", b"max_tensor_bytes", "memory_limit_bytes", b"memory_limit_bytes", "memory_used_bytes", b"memory_used_bytes", "name", b"name", "process_memory_bytes", b"process_memory_bytes", "processor", b"processor", "threads", b"threads", "uptime_s", b"uptime_s", "version", b"version"]) -> None: ...
 
 Global___DescribeReply: typing_extensions.TypeAlias = DescribeReply
 
