@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 
@@ -14,7 +15,7 @@ from nodes.ledger import Ledger
 from nodes.link import Link, Links
 from splitnet import __version__, wire
 from splitnet.codecs import codec_names
-from splitnet.machine import machine_id, processor_name, usable_cores
+from splitnet.machine import machine_id, processor_name, usable_processors
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.tensors import TensorSpec
 
@@ -28,7 +29,7 @@ class Describer:
         self._links = links
         self._started_s = time.monotonic()
         self._process = psutil.Process()
-        self._machine, self._cores, self._processor = machine_id(), usable_cores(), processor_name()
+        self._machine, self._processors, self._processor = machine_id(), usable_processors(), processor_name()
 
     def describe(self, deployment: str = "") -> pb.DescribeReply:
         """`deployment`: only that one; an unknown name is answered with none."""
@@ -53,7 +54,8 @@ class Describer:
             max_tensor_bytes=config.max_tensor_bytes,
             process_memory_bytes=self._process.memory_info().rss,
             machine=self._machine,
-            cores=self._cores,
+            cores=math.ceil(self._processors),
+            processors=self._processors,
             processor=self._processor,
         )
 

@@ -34,7 +34,7 @@ class Measurer:
             case "peer_address":
                 return await _measured_link(request.peer_address, budget_s)
             case "operators":
-                pieces = await self._operators.measure(list(request.operators.shards), request.operators.inputs, budget_s)
+                pieces = await self._operators.measure(request.operators, budget_s)
                 return pb.MeasureReply(pieces=pieces)
             case "compute" if request.compute:
                 reference = await self._compute.call(lambda: measure_reference(self._threads, budget_s))

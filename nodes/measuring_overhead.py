@@ -1,7 +1,8 @@
 """What a node spends besides computing: on a stage, on a message, on a request, and in its codecs.
 
 Measured with the real thing: two private servers on loopback, in this process, serve a model that does nothing, first on one of them,
-then over both; the client is `splitnet.AsyncClient`. What stays when the known parts are taken away is what is looked for.
+then over both; the client is `splitnet.AsyncClient`. What stays when the known parts are taken away is what is looked for: once on the
+clock, one request at a time (latency), and once in processor seconds of the whole process, many at a time (throughput).
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ _WARM_UP = 5
 _CLIENTS = 4  # as many as are admitted
 _GRACE_S = 30.0
 _MOST_ROUNDS = 200
+_REPEATS = 3
+_SHORTEST_S = 0.03
+_SMALL, _LARGE = 16, CHUNK_BYTES // 4  # elements of float32
 _PAUSE_S = 0.005  # as between requests: what is done without a pause finds everything awake, and takes half the time
 _FASTEST_BYTES_PER_S = 1e12  # where a codec does nothing
 
@@ -51,8 +55,8 @@ async def measure_overhead(budget_s: float) -> pb.Overhead:
         async with _server("one", Path(folder)) as one, _server("two", Path(folder)) as two:
             await _deploy("alone", (one,))
             deployments = await _deploy("apart", (one, two))
-            turns = await _turns(one, two, budget_s * 0.6)
-            request_s = await _busy_s(one.address, "alone", budget_s * 0.2)
+            turns = await _turns(one, two, budget_s * 0.5)
+            busy = await _busy(one, budget_s * 0.3)
             for link in (link for deployment in deployments for link in deployment.links.values()):
                 await link.close()  # before the servers at their ends go
     stage_s, alone_s, apart_s, ping_s = (_quartile(seconds) for seconds in zip(*turns, strict=True))
@@ -61,16 +65,94 @@ async def measure_overhead(budget_s: float) -> pb.Overhead:
     return pb.Overhead(
         stage_s=stage_s,
         message_s=max(hop_s - ping_s / 2, 0.0) / 2,  # at either end
-        request_s=max(request_s, 0.0),
+        request_s=max(busy.request_cpu_s, 0.0),
         codecs=codecs,
+        stage_cpu_s=max(busy.stage_cpu_s, 0.0),
+        message_cpu_s=max(busy.message_cpu_s, 0.0),
+        request_cpu_s=max(busy.request_cpu_s, 0.0),
+        byte_cpu_s=max(busy.byte_cpu_s, 0.0),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Busy:
+    stage_cpu_s: float
+    message_cpu_s: float
+    request_cpu_s: float
+    byte_cpu_s: float
+
+
+async def _busy(one: NodeServer, budget_s: float) -> _Busy:
+    """Two hops more, and a stage, are what a request over both servers spends more than one to the first alone. The client shares the
+    servers' thread: threads that wait for the interpreter's lock cost processor time which a node alone does not spend."""
+    share_s = max(budget_s / (6 * _REPEATS), _SHORTEST_S)
+    small, large = np.zeros(_SMALL, np.float32), np.zeros(_LARGE, np.float32)
+    found = []
+    async with AsyncClient(one.address, "alone") as alone, AsyncClient(one.address, "apart") as apart:
+        cases = [(client, array) for array in (small, large) for client in (alone, apart)]
+        for client, array in cases:
+            await client.infer({"v0": array}, retry=True)  # what is done once is done
+        for _ in range(_REPEATS):
+            stage_s = await _handing_over_s(one, share_s)
+            here_s, over_s, large_here_s, large_over_s = [await _spent_s(client, array, share_s) for client, array in cases]
+            hop_s = (over_s - here_s - stage_s) / 2
+            large_hop_s = (large_over_s - large_here_s - stage_s) / 2
+            request_s = (here_s - stage_s) * await _servers_share(one.address, small, share_s)
+            found.append((stage_s, hop_s / 2, request_s, (large_hop_s - hop_s) / 2 / (large.nbytes - small.nbytes)))
+    return _Busy(*(statistics.median(figures) for figures in zip(*found, strict=True)))
+
+
+async def _handing_over_s(server: NodeServer, budget_s: float) -> float:
+    """Processor seconds of a job of the compute thread, from the event loop and back."""
+    before_s, count, end = time.process_time(), 0, time.perf_counter() + budget_s
+    while time.perf_counter() < end or not count:
+        await server.compute.call(lambda: None)
+        count += 1
+    return (time.process_time() - before_s) / count
+
+
+async def _spent_s(client: AsyncClient, array: np.ndarray, budget_s: float) -> float:
+    """Processor seconds of the process, per request."""
+    before_s = time.process_time()
+    count = await _many(client, array, budget_s)
+    return (time.process_time() - before_s) / count
+
+
+async def _servers_share(address: str, array: np.ndarray, budget_s: float) -> float:
+    """Of what client and servers spend on a request: the servers' part, from a client in a thread of its own."""
+
+    async def asked() -> tuple[float, float]:
+        async with AsyncClient(address, "alone") as client:
+            await client.infer({"v0": array}, retry=True)
+            before_s = time.thread_time()
+            count = await _many(client, array, budget_s)
+            return (time.thread_time() - before_s) / count, count
+
+    before_s = time.thread_time()
+    client_s, count = await asyncio.to_thread(background.run, asked())
+    servers_s = (time.thread_time() - before_s) / (count + 1)
+    return servers_s / (servers_s + client_s)
+
+
+async def _many(client: AsyncClient, array: np.ndarray, budget_s: float) -> int:
+    """How many requests were answered."""
+    end = time.perf_counter() + budget_s
+
+    async def some() -> int:
+        count = 0
+        while time.perf_counter() < end or not count:
+            await client.infer({"v0": array}, retry=True)
+            count += 1
+        return count
+
+    return sum(await asyncio.gather(*(some() for _ in range(_CLIENTS))))
 
 
 async def _turns(one: NodeServer, two: NodeServer, budget_s: float) -> list[tuple[float, float, float, float]]:
     """Seconds of a job of the compute thread, a request to one server, a request through both, and a Probe's round trip. They take
     turns, so that what disturbs the box disturbs all of them."""
     turns = []
-    nothing = {"v0": np.zeros(16, np.float32)}
+    nothing = {"v0": np.zeros(_SMALL, np.float32)}
     end = time.perf_counter() + budget_s
     async with AsyncClient(one.address, "alone") as alone, AsyncClient(one.address, "apart") as apart, open_channel(two.address) as channel:
         probe = stub(channel).Probe(timeout=budget_s + _GRACE_S)
@@ -88,29 +170,6 @@ async def _turns(one: NodeServer, two: NodeServer, budget_s: float) -> list[tupl
         finally:
             probe.cancel()
     return turns[_WARM_UP:]
-
-
-async def _busy_s(address: str, deployment: str, budget_s: float) -> float:
-    """Processor seconds that this thread, which is the servers', spends on one request when many are under way. The client runs in
-    another thread."""
-    before_s = time.thread_time()
-    count = await asyncio.to_thread(background.run, _many(address, deployment, budget_s))
-    return (time.thread_time() - before_s) / count
-
-
-async def _many(address: str, deployment: str, budget_s: float) -> int:
-    """How many requests were answered."""
-    async with AsyncClient(address, deployment) as client:
-        end = time.perf_counter() + budget_s
-
-        async def some() -> int:
-            count = 0
-            while time.perf_counter() < end or not count:
-                await client.infer({"v0": np.zeros(16, np.float32)}, retry=True)
-                count += 1
-            return count
-
-        return sum(await asyncio.gather(*(some() for _ in range(_CLIENTS))))
 
 
 async def _ping(probe: Any) -> None:
@@ -162,7 +221,7 @@ async def _server(name: str, folder: Path) -> AsyncIterator[NodeServer]:
 
 
 async def _deploy(name: str, servers: tuple[NodeServer, ...]) -> list[Deployment]:
-    specs = [TensorSpec(f"v{i}", "float32", (16,)) for i in range(len(servers) + 1)]
+    specs = [TensorSpec(f"v{i}", "float32", ("n",)) for i in range(len(servers) + 1)]
     stages = tuple(StageSpec(f"s{i}", s.config.name, (), (specs[i],), (specs[i + 1],)) for i, s in enumerate(servers))
     ends = [CLIENT, *(stage.name for stage in stages), CLIENT]
     transfers = tuple(Transfer(a, b, (spec.name,), bytes=64) for a, b, spec in zip(ends, ends[1:], specs, strict=False))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from splitnet import background
 from splitnet.channel import open_channel, stub, translated
-from splitnet.cluster import Cluster, ClusterNode, CodecSpeed, Link, equal_devices
+from splitnet.cluster import OVERHEADS, Cluster, ClusterNode, CodecSpeed, Link, equal_devices
 from splitnet.errors import BadCluster, BadInput, DeadlineExceeded, NodeUnavailable, ServiceError, SplitnetError
 from splitnet.explain import seconds_text, table
 from splitnet.rpc.v1 import node_pb2 as pb
@@ -146,7 +146,7 @@ async def _describe(address: str) -> ClusterNode:
         reply.device or "cpu",
         reply.threads or 1,
         machine=reply.machine,
-        cores=reply.cores,
+        cores=reply.processors or reply.cores,
         processor=reply.processor,
     )
 
@@ -165,10 +165,10 @@ async def _timed(node: ClusterNode, before: Sequence[ClusterNode], budget_s: flo
     reply = await _measure(node, pb.MeasureRequest(compute=True, budget_s=budget_s / 2), budget_s)
     node = dataclasses.replace(node, reference_s=reply.seconds)
     if (twin := next((other for other in before if equal_devices(other, node)), None)) is not None:
-        return dataclasses.replace(node, stage_s=twin.stage_s, message_s=twin.message_s, request_s=twin.request_s, codecs=twin.codecs)
+        return dataclasses.replace(node, codecs=twin.codecs, **{figure: getattr(twin, figure) for figure in OVERHEADS})
     spent = (await _measure(node, pb.MeasureRequest(overhead=True, budget_s=budget_s / 2), budget_s)).overhead
     codecs = tuple(CodecSpeed(c.name, c.encode_bytes_per_s, c.decode_bytes_per_s, c.ratio) for c in spent.codecs)
-    return dataclasses.replace(node, stage_s=spent.stage_s, message_s=spent.message_s, request_s=spent.request_s, codecs=codecs)
+    return dataclasses.replace(node, codecs=codecs, **{figure: getattr(spent, figure) for figure in OVERHEADS})
 
 
 async def _measure(node: ClusterNode, request: pb.MeasureRequest, budget_s: float) -> pb.MeasureReply:

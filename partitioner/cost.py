@@ -16,7 +16,9 @@ The model, for one request of the profile's batch:
 - throughput: 1 / bottleneck; computing and transferring of different requests overlap, so the bottleneck is the busiest
   node (its stages, encoding, decoding and overheads added up) or the busiest link.
 - Nodes on one machine with fewer cores than they have threads (`Machine`) slow each other down when many requests are under way: its
-  processor time (its nodes' seconds, each with its threads, and what goes over links between them) divided by its cores is a bottleneck too.
+  processor time (its nodes' seconds, each with its threads) divided by its cores is a bottleneck too.
+- What things take differs with what else there is to do: `partitioner.constants` gives the figures for latency (one request, and pauses) and
+  those for throughput (the pipeline full: processor time).
 - memory of a node: for each of its stages parameters + activations + `BUFFERED_REQUESTS` times what one request delivers to it
   from other stages or from the client, decoded.
 - error of a plan: the sum of the errors of its transfers' codecs; a transfer's is the largest of its tensors'.
@@ -101,21 +103,23 @@ class Overhead:
     message_s: float = 0.0
     request_s: float = 0.0
 
+    def times(self, factor: float) -> Overhead:
+        return Overhead(self.stage_s * factor, self.message_s * factor, self.request_s * factor)
+
 
 @dataclass(frozen=True)
 class Machine:
     """A box that several nodes share; `threads` of each by name."""
 
-    cores: int
+    cores: float
     threads: Mapping[str, int]
 
-    def seconds(self, node_seconds: Mapping[str, float], link_seconds: Mapping[tuple[str, str], float]) -> float:
-        """How long one request keeps all cores busy. A link within a machine is made of processor time, too."""
-        links = sum(s for (a, b), s in link_seconds.items() if a in self.threads and b in self.threads)
-        return (sum(s * self.threads[node] for node, s in node_seconds.items() if node in self.threads) + links) / self.cores
+    def seconds(self, node_seconds: Mapping[str, float]) -> float:
+        """How long one request keeps all cores busy."""
+        return sum(s * self.threads[node] for node, s in node_seconds.items() if node in self.threads) / self.cores
 
     def __str__(self) -> str:
-        return f"{self.cores} core{'s' if self.cores > 1 else ''} shared by nodes {', '.join(self.threads)}"
+        return f"{self.cores:g} core{'s' if self.cores > 1 else ''} shared by nodes {', '.join(self.threads)}"
 
 
 RAW: Mapping[str, CodecFigures] = {"raw": CodecFigures()}  #: what is assumed where no codec's figures are given: it costs nothing
@@ -227,7 +231,7 @@ def evaluate(
         if busy > bottleneck_s:
             bottleneck_s, bottleneck = busy, f"link {a}->{b}"
     for machine in machines:
-        if (busy := machine.seconds(node_seconds, link_seconds)) > bottleneck_s:
+        if (busy := machine.seconds(node_seconds)) > bottleneck_s:
             bottleneck_s, bottleneck = busy, str(machine)
     return Cost(
         latency_s=max(latency, ready[CLIENT]),

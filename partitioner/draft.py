@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from partitioner.constants import machines
-from partitioner.cost import CodecFigures, Machine, Overhead
+from partitioner.constants import machines, overheads, paced
+from partitioner.cost import CodecFigures, Cost, Machine, Overhead, evaluate
 from partitioner.crossing import crossing_bytes
 from partitioner.layout import lay_out, lay_out_again
 from partitioner.pricing import DraftPrices, measured_codecs
@@ -39,10 +39,14 @@ _NARROWER = 24
 
 @dataclass(frozen=True, eq=False)
 class Draft:
-    """A model's operators (vertices, in the structure's order) on the nodes that may be used."""
+    """A model's operators (vertices, in the structure's order) on the nodes that may be used, with the figures for one goal (see
+    `partitioner.constants`). `sustained` by node: how much longer computing takes than for latency. `other` makes the draft for the other goal."""
 
+    goal: Objective
     profile: Profile
     nodes: tuple[ClusterNode, ...]
+    sustained: Mapping[str, float]
+    other: Callable[[], Draft]
     links: Mapping[tuple[str, str], Link]
     seconds: Floats  # (M, vertices)
     crossing: tuple[int, ...]
@@ -56,7 +60,7 @@ class Draft:
     @classmethod
     def make(
         cls, profile: Profile, cluster: Cluster, nodes: Sequence[ClusterNode], wishes: Constraints,
-        codecs: Mapping[str, CodecFigures] | None,
+        codecs: Mapping[str, CodecFigures] | None, goal: Objective,
     ) -> Draft:  # fmt: skip
         names = tuple(node.name for node in nodes)
         share = {name: taken[1] for name, taken in wishes.taken.items()}
@@ -64,16 +68,27 @@ class Draft:
         figures = (
             measured_codecs(nodes) if codecs is None else codecs if "raw" in codecs else {**measured_codecs(nodes, ("raw",)), **codecs}
         )
+        shared_machines = machines(cluster)
+        sustained = dict.fromkeys(names, 1.0)
+        structure = profile.structure
+        ends = [spec.name for spec in structure.inputs] + [output.value for output in structure.outputs]
+        if goal == "throughput":
+            figures = paced(figures, nodes, shared_machines)
+            sustained = {node.name: profile.on(node).sustained for node in nodes}
+        spent = overheads(nodes, goal, shared_machines, sum(structure.value_bytes[name] for name in ends))
         return cls(
+            goal=goal,
+            other=lambda: cls.make(profile, cluster, nodes, wishes, codecs, "latency" if goal == "throughput" else "throughput"),
             profile=profile,
             nodes=tuple(nodes),
+            sustained=sustained,
             links={(k.source, k.target): k for k in cluster.links if k.source in names and k.target in names},
-            seconds=np.array([np.asarray(profile.on(node).seconds) * slow[node.name] for node in nodes]),
+            seconds=np.array([np.asarray(profile.on(node).seconds) * (slow[node.name] * sustained[node.name]) for node in nodes]),
             crossing=tuple(crossing_bytes(profile.structure)),
             figures=shared(figures, names, share),
-            overheads={n.name: Overhead(n.stage_s * slow[n.name], n.message_s * slow[n.name], n.request_s * slow[n.name]) for n in nodes},
+            overheads={name: o.times(slow[name]) for name, o in spent.items()},
             wishes=wishes,
-            machines=machines(cluster),
+            machines=shared_machines,
         )
 
     def restricted(self) -> Draft:
@@ -93,6 +108,23 @@ class Draft:
                 remedy="take back one of these wishes",
             )
         return replace(self, allowed=allowed, privacy=privacy)
+
+    def predicted(self, realised: Realised) -> tuple[Realised, Cost]:
+        """The same with each stage's seconds as one request alone finds them, and the cost: latency with the figures for latency, how long
+        one request keeps what busy with those for throughput."""
+        other = self.other()
+        idle, busy = (self, other) if self.goal == "latency" else (other, self)
+        for_latency, for_pace = (
+            replace(realised, stages=tuple(replace(s, seconds=s.seconds * to[s.node] / self.sustained[s.node]) for s in realised.stages))
+            for to in (idle.sustained, busy.sustained)
+        )
+        latency_s = idle.cost(for_latency).latency_s
+        return for_latency, replace(busy.cost(for_pace), latency_s=latency_s)
+
+    def cost(self, realised: Realised) -> Cost:
+        """With this draft's figures."""
+        producers = {value: v.name for value, v in self.structure.producer.items()}
+        return evaluate(realised.stages, realised.transfers, self.links, self.figures, self.overheads, producers, self.machines)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from splitnet.cluster import Cluster
 from splitnet.codecs import codec_names
 from splitnet.errors import BadInput, NoPlan
 from splitnet.explain import bytes_text
-from splitnet.plan import NodeRef, Plan, Prediction
+from splitnet.plan import Alternative, NodeRef, Plan, Prediction
 
 __all__ = ["plan"]
 
@@ -90,7 +90,7 @@ def plan(
     def best(figures: Mapping[str, CodecFigures], budget: float | None) -> Plan:
         permitted = {pair: [name for name in usable_there if name in figures] for pair, usable_there in wishes.link_codecs.items()}
         asked = replace(wishes, max_accuracy_loss=budget, link_codecs=permitted)
-        draft = Draft.make(profile, cluster, chosen, asked, figures).restricted()
+        draft = Draft.make(profile, cluster, chosen, asked, figures, goal).restricted()
         if at is not None:
             return _manual(draft, goal, at)
         return _best(draft, goal, stage_range(len(usable), stages, max_stages), tolerance)
@@ -155,14 +155,10 @@ def _manual(draft: Draft, goal: Objective, at: Sequence[str]) -> Plan:
 
 
 def _plan(draft: Draft, best: Selected, goal: Objective, bound: float, note: str = "") -> Plan:
-    structure, cost = draft.profile.structure, best.cost
-    realised = draft.reproducible(best.realised)
-    if realised is not best.realised:
-        cost = draft.scale(goal, range(1, len(realised.stages) + 1)).cost(realised)
+    structure = draft.profile.structure
+    realised, cost = draft.predicted(draft.reproducible(best.realised))
     used = {stage.node for stage in realised.stages}
     limits = {name: limit + draft.wishes.taken.get(name, (0.0, 0.0))[0] for name, limit in draft.limits.items()}
-    whole = (0, len(draft.operators))
-    alone = alternatives(draft.scale(goal, range(1, 2)), draft.problem(whole), whole)
     return Plan(
         model=structure.name,
         model_sha256=structure.sha256,
@@ -182,8 +178,19 @@ def _plan(draft: Draft, best: Selected, goal: Objective, bound: float, note: str
             bound=min(bound, cost.objective_s(goal)),
             memory_bytes=dict(cost.memory_bytes),
             bytes_per_link={f"{a}->{b}": size for (a, b), size in cost.link_bytes.items()},
-            alternatives=alone,
+            alternatives=_alternatives(draft),
             symbols=dict(structure.symbols),
             note=note,
         ),
     )
+
+
+def _alternatives(draft: Draft) -> tuple[Alternative, ...]:
+    """What each node alone would do: its latency with the figures for latency, its throughput with those for throughput."""
+    whole = (0, len(draft.operators))
+    found = []
+    for one in (draft, draft.other()):
+        one = replace(one, allowed=draft.allowed)
+        found.append(alternatives(one.scale(one.goal, range(1, 2)), one.problem(whole), whole))
+    latencies, rates = found if draft.goal == "latency" else reversed(found)
+    return tuple(replace(a, throughput_per_s=b.throughput_per_s) for a, b in zip(latencies, rates, strict=True))

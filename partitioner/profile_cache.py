@@ -23,7 +23,7 @@ from splitnet.cluster import ClusterNode, same_speed
 __all__ = ["REFERENCE", "ProfileCache", "default_directory"]
 
 REFERENCE = "reference"  #: a node's engine unless it was told otherwise
-_VERSION = 1
+_VERSION = 2
 
 
 def default_directory() -> Path:
@@ -42,7 +42,7 @@ class ProfileCache:
         for entry in self._entries(structure, node, engine):
             if same_speed(entry["reference_s"], node.reference_s) and len(entry["seconds"]) == len(structure.vertices):
                 day = time.strftime("%Y-%m-%d", time.localtime(entry["time_s"]))
-                return Column(tuple(entry["seconds"]), f"{entry['how']} (kept from {day})")
+                return Column(tuple(entry["seconds"]), f"{entry['how']} (kept from {day})", entry["sustained"])
         return None
 
     def keep(self, structure: Structure, node: ClusterNode, column: Column, engine: str = REFERENCE) -> None:
@@ -50,7 +50,8 @@ class ProfileCache:
         if not node.processor or not node.reference_s:
             return
         entries = [e for e in self._entries(structure, node, engine) if not same_speed(e["reference_s"], node.reference_s)]
-        entries.append({"reference_s": node.reference_s, "seconds": column.seconds, "how": column.how, "time_s": time.time()})
+        figures = {"seconds": column.seconds, "sustained": column.sustained, "how": column.how}
+        entries.append({"reference_s": node.reference_s, "time_s": time.time(), **figures})
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self._path(structure, node, engine)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -67,7 +68,8 @@ class ProfileCache:
             return []
 
     def _path(self, structure: Structure, node: ClusterNode, engine: str) -> Path:
-        key = [structure.sha256, sorted(structure.symbols.items()), node.processor, node.device, node.threads, engine, __version__]
+        threads = (node.threads, min(node.cores or node.threads, node.threads))
+        key = [structure.sha256, sorted(structure.symbols.items()), node.processor, node.device, *threads, engine, __version__]
         return self.directory / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
 
 
@@ -75,6 +77,7 @@ def _entry(document: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "reference_s": float(document["reference_s"]),
         "seconds": [float(s) for s in document["seconds"]],
+        "sustained": float(document["sustained"]),
         "how": str(document["how"]),
         "time_s": float(document["time_s"]),
     }

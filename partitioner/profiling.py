@@ -32,15 +32,18 @@ PROFILE_VERSION = 1
 HERE = ""  #: the column of the machine that profiled
 MEASURED_HERE = "measured here"
 _WARM_UP = 2
+_LARGEST_SHIFT_S = 30e-6
 
 
 @dataclass(frozen=True)
 class Column:
     """Seconds of each vertex (in the structure's order) on one node, at the structure's batch, and `how` they were obtained: "measured
-    here", "measured on node ...", or "scaled ..." from here."""
+    here", "measured on node ...", or "scaled ..." from here. They are of runs after a pause; runs that follow each other at once take
+    `sustained` times as long (caches are warm; a quota of processor time is used up)."""
 
     seconds: tuple[float, ...]
     how: str
+    sustained: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Profile:
             for vertex, seconds in zip(self.structure.vertices, column.seconds, strict=True):
                 if not (math.isfinite(seconds) and seconds >= 0):
                     raise BadModel(f"{where}: operator {vertex.name!r} has {seconds} seconds")
+            if not 0 < column.sustained < math.inf:
+                raise BadModel(f"{where}: `sustained` must be positive, got {column.sustained}")
 
     def on(self, node: ClusterNode) -> Column:
         """The operators' times on a node: its own column; where there is none, `scaled_to`."""
@@ -80,9 +85,10 @@ class Profile:
         """The times measured here, scaled by the ratio of the reference kernel's times; where the node's is not known, as they are."""
         here = self.columns[HERE]
         if not node.reference_s or not self.reference_s:
-            return Column(here.seconds, "taken as on the machine that profiled: the node's speed is not measured")
+            return Column(here.seconds, "taken as on the machine that profiled: the node's speed is not measured", here.sustained)
         ratio = node.reference_s / self.reference_s
-        return Column(tuple(s * ratio for s in here.seconds), f"scaled by the reference kernel: {ratio:.3g}x of the machine that profiled")
+        how = f"scaled by the reference kernel: {ratio:.3g}x of the machine that profiled"
+        return Column(tuple(s * ratio for s in here.seconds), how, here.sustained)
 
     def for_cluster(self, cluster: Cluster) -> Profile:
         """The same with a column for each node of the cluster, by scaling."""
@@ -111,7 +117,7 @@ class Profile:
                 )
             document["structure"] = Structure.from_json(json.dumps(document["structure"]))
             document["columns"] = {
-                str(name): Column(tuple(float(s) for s in column["seconds"]), str(column["how"]))
+                str(name): Column(tuple(float(s) for s in column["seconds"]), str(column["how"]), float(column.get("sustained", 1.0)))
                 for name, column in document["columns"].items()
             }
             return cls(**document)
@@ -198,11 +204,14 @@ def _measure(
 
 
 def matched(seconds: Sequence[float], whole_s: float) -> list[float]:
-    """Shifts what was measured by one constant per operator that ran, then scales what is left, so that the sum is `whole_s`."""
+    """Shifts what was measured by one constant per operator that ran, then scales what is left, so that the sum is `whole_s`. The constant
+    is for the clock, or the dispatch that it does not see: microseconds. More than that is time in which the process was held back (a quota), and
+    falls on operators as they are long."""
     ran = sum(1 for s in seconds if s > 0)
     if not ran:
         return list(seconds)
     shift = (whole_s - math.fsum(seconds)) / ran
+    shift = min(max(shift, -_LARGEST_SHIFT_S), _LARGEST_SHIFT_S)
     # Never below a tenth of its measured time: a constant must not erase a small operator.
     shifted = [max(s + shift, s / 10) if s > 0 else 0.0 for s in seconds]
     scale = whole_s / math.fsum(shifted)

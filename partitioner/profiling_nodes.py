@@ -6,11 +6,13 @@ no shipping). Nodes of the same kind are measured once, and what was measured is
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import hashlib
+import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +41,7 @@ OnProgress = Callable[[int, int, str], None]
 
 _SMALL_BYTES = 1 << 14  # weights up to this size travel: tables of positions and the like, whose values matter
 _GRACE_S = 600.0  # a slow box runs a large model five times at least
+_TOGETHER = 0.3  # of the budget, for nodes in one box at once
 _ROOM = 0.9  # of a node's free memory that a piece may take
 _CANNOT = (InsufficientMemory, NotFound, MissingExtra)  # what a node says that cannot do it; everything else is an error
 
@@ -69,14 +72,17 @@ async def measure_columns(
     `how` says so. Raises NodeUnavailable for a node that does not answer."""
     columns: dict[str, Column] = {}
     measured: list[_Timed] = []
+    asked: list[ClusterNode] = []
     for done, node in enumerate(cluster.nodes):
         if on_progress:
             on_progress(done, len(cluster.nodes), f"operators on {node.name}")
         known, engine = await _identified(node)
+        asked.append(known)
         twin = next((t for t in measured if t.engine == engine and equal_devices(t.node, known)), None)
         cached = options.cache.find(model.structure, known, engine) if options.cache and not options.refresh else None
         if twin is not None:
-            columns[node.name] = Column(twin.column.seconds, f"as node {twin.node.name!r}, an equal device: {twin.column.how}")
+            how = f"as node {twin.node.name!r}, an equal device: {twin.column.how}"
+            columns[node.name] = dataclasses.replace(twin.column, how=how)
         elif cached is not None:
             columns[node.name] = cached
             measured.append(_Timed(known, engine, cached))
@@ -85,12 +91,19 @@ async def measure_columns(
                 column = await _measured(model, known, options)
             except _CANNOT as error:
                 own = scaled.scaled_to(known)
-                columns[node.name] = Column(own.seconds, f"{own.how}, because the node could not measure it: {error.message}")
+                how = f"{own.how}, because the node could not measure it: {error.message}"
+                columns[node.name] = dataclasses.replace(own, how=how)
                 continue
             measured.append(_Timed(known, engine, column))
             columns[node.name] = column
             if options.cache:
                 options.cache.keep(model.structure, known, column, engine)
+    for box in sorted({known.box for known in asked if known.box}):
+        inside = [known for known in asked if known.box == box]
+        if len(inside) > 1:
+            if on_progress:
+                on_progress(len(cluster.nodes), len(cluster.nodes), f"{', '.join(known.name for known in inside)} at once")
+            columns |= await _together(model, inside, columns, options)
     if on_progress:
         on_progress(len(cluster.nodes), len(cluster.nodes), "")
     return columns
@@ -118,6 +131,14 @@ async def _identified(node: ClusterNode) -> tuple[ClusterNode, str]:
 
 
 async def _measured(model: ModelGraph, node: ClusterNode, options: Options) -> Column:
+    pieces = await _asked(model, node, options, options.budget_s)
+    whole_s = math.fsum(piece.whole_s for piece in pieces)
+    return Column(_seconds(model.structure, pieces), _how(node, pieces), _sustained_s(node, pieces) / whole_s if whole_s else 1.0)
+
+
+async def _asked(
+    model: ModelGraph, node: ClusterNode, options: Options, budget_s: float, sustained: bool = False
+) -> Sequence[pb.OperatorsReply]:
     async with open_channel(node.address) as channel:
         with _at(node):
             there = await stub(channel).Describe(pb.DescribeRequest(), timeout=10)
@@ -127,11 +148,32 @@ async def _measured(model: ModelGraph, node: ClusterNode, options: Options) -> C
             inputs = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.example_inputs.items()})
             blob = Blob(hashlib.sha256(inputs).hexdigest(), len(inputs), inputs)
             await _ship(channel, node, [*shard_blobs({str(i): s for i, s in enumerate(shards)}), blob])
-        request = pb.OperatorsRequest(shards=[shard.sha256 for shard in shards], inputs=blob.sha256)
+        request = pb.OperatorsRequest(shards=[shard.sha256 for shard in shards], inputs=blob.sha256, sustained=sustained)
         with _at(node):
-            asked = pb.MeasureRequest(operators=request, budget_s=options.budget_s)
-            reply = await stub(channel).Measure(asked, timeout=options.budget_s + _GRACE_S)
-    return Column(_seconds(model.structure, reply.pieces), _how(node, reply.pieces))
+            reply = await stub(channel).Measure(pb.MeasureRequest(operators=request, budget_s=budget_s), timeout=budget_s + _GRACE_S)
+    return reply.pieces
+
+
+def _sustained_s(node: ClusterNode, pieces: Sequence[pb.OperatorsReply]) -> float:
+    """Seconds per run of a node that does nothing else: its processor time over the processors that its threads get."""
+    return math.fsum(piece.sustained_cpu_s for piece in pieces) / min(node.threads, node.cores or node.threads)
+
+
+async def _together(model: ModelGraph, nodes: Sequence[ClusterNode], columns: Mapping[str, Column], options: Options) -> dict[str, Column]:
+    """Nodes in one box, all busy at once, as in a full pipeline: they share caches and memory, whatever processors each has."""
+    asked = (_asked(model, node, options, options.budget_s * _TOGETHER, sustained=True) for node in nodes)
+    replies = await asyncio.gather(*asked, return_exceptions=True)
+    found = {}
+    for node, pieces in zip(nodes, replies, strict=True):
+        if isinstance(pieces, _CANNOT):
+            continue  # as it was found alone
+        if isinstance(pieces, BaseException):
+            raise pieces
+        column = columns[node.name]
+        whole_s = math.fsum(column.seconds)
+        sustained = _sustained_s(node, pieces) / whole_s if whole_s else 1.0
+        found[node.name] = dataclasses.replace(column, sustained=sustained, how=f"{column.how}; {len(nodes)} nodes in one box")
+    return found
 
 
 async def _ship(channel: grpc.aio.Channel, node: ClusterNode, blobs: Sequence[Blob]) -> None:

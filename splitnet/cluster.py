@@ -13,7 +13,9 @@ import tomli_w
 
 from splitnet.errors import BadCluster
 
-__all__ = ["Cluster", "ClusterNode", "CodecSpeed", "Link", "equal_devices", "same_speed"]
+__all__ = ["OVERHEADS", "Cluster", "ClusterNode", "CodecSpeed", "Link", "equal_devices", "same_speed"]
+
+OVERHEADS = ("stage_s", "message_s", "request_s", "stage_cpu_s", "message_cpu_s", "request_cpu_s", "byte_cpu_s")  #: of `ClusterNode`
 
 _SAME_SPEED = 0.08  # reference times that differ by less are of equal devices
 
@@ -33,9 +35,10 @@ class ClusterNode:
     """A box, or one of several nodes on it. 0 and "" stand for what was not measured.
 
     `reference_s` is the time of the reference kernel there (see the Measure RPC): the ratio of two nodes' figures scales a profile from
-    one to the other. Nodes with the same `machine` share its `cores`. `stage_s`, `message_s` and `request_s` are what the node spends,
-    model aside, on handing a request to its engine and back, on sending or taking one tensor, and on taking a client's request and
-    answering it."""
+    one to the other. Nodes with the same `machine` share its `cores`: as many processors' time as the node may use, so less than one where a
+    quota says so. `stage_s`, `message_s` and `request_s` are what the node spends, model aside, on handing a request to its engine and back, on
+    sending or taking one tensor, and on taking a client's request and answering it, with nothing else to do. `..._cpu_s` are the processor
+    seconds of the same when it is kept busy, and `byte_cpu_s` those of each byte that it sends or takes."""
 
     name: str
     address: str  # host:port
@@ -44,17 +47,26 @@ class ClusterNode:
     threads: int = 1
     reference_s: float = 0.0
     machine: str = ""
-    cores: int = 0
+    cores: float = 0.0
     processor: str = ""
     stage_s: float = 0.0
     message_s: float = 0.0
     request_s: float = 0.0
+    stage_cpu_s: float = 0.0
+    message_cpu_s: float = 0.0
+    request_cpu_s: float = 0.0
+    byte_cpu_s: float = 0.0
     codecs: tuple[CodecSpeed, ...] = ()
+
+    @property
+    def box(self) -> str:
+        """The same for nodes in one case, whose caches and memory they share; empty where it is not known."""
+        return self.machine.partition("/")[0]
 
 
 def equal_devices(a: ClusterNode, b: ClusterNode) -> bool:
-    """Whether what is measured on one holds for the other: one kind of processor, as many threads, and nearly one speed."""
-    kinds = [(n.processor, n.device, n.threads) for n in (a, b)]
+    """Whether what is measured on one holds for the other: one kind of processor, as many threads with as much time for them, and nearly one speed."""
+    kinds = [(n.processor, n.device, n.threads, min(n.cores or n.threads, n.threads)) for n in (a, b)]
     return bool(a.processor) and kinds[0] == kinds[1] and same_speed(a.reference_s, b.reference_s)
 
 
@@ -96,7 +108,7 @@ class Cluster:
             host, _, port = node.address.rpartition(":")
             if not host or not port.isdigit() or not 0 < int(port) < 65536:
                 raise BadCluster(f"node {node.name!r}: address {node.address!r} is not HOST:PORT")
-            figures = ("memory_bytes", "reference_s", "cores", "stage_s", "message_s", "request_s")
+            figures = ("memory_bytes", "reference_s", "cores", *OVERHEADS)
             if wrong := [f for f in figures if not 0 <= getattr(node, f) < math.inf]:
                 raise BadCluster(f"node {node.name!r}: {wrong[0]} must be finite and must not be negative, got {getattr(node, wrong[0])}")
             if node.threads < 1:
@@ -132,12 +144,12 @@ class Cluster:
         return None
 
     def shared_machines(self) -> dict[str, tuple[ClusterNode, ...]]:
-        """Machines whose nodes have, together, more threads than the machine has cores: these nodes slow each other down."""
+        """Machines with several nodes: what these nodes do comes out of the same processors."""
         found: dict[str, list[ClusterNode]] = {}
         for node in self.nodes:
             if node.machine and node.cores:
                 found.setdefault(node.machine, []).append(node)
-        return {m: tuple(on) for m, on in found.items() if len(on) > 1 and sum(n.threads for n in on) > min(n.cores for n in on)}
+        return {m: tuple(on) for m, on in found.items() if len(on) > 1}
 
     @classmethod
     def load(cls, path: str | Path) -> Cluster:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from partitioner.constants import codec_figures, machines, overheads
+from partitioner.constants import Goal, codec_figures, machines, overheads
 from partitioner.cost import CodecFigures
 from partitioner.drawing.canvas import INK, MUTED, ON_FILL, WIDTH, Sheet, stage_colour, text_width, tint
 from partitioner.simulation import Interval, Simulation, simulate
@@ -125,11 +124,14 @@ def timeline(plan: Plan, cluster: Cluster | None) -> Timeline:
     used = [cluster.node(node.name) for node in plan.nodes] if cluster else []
     links = {(link.source, link.target): link for link in cluster.links} if cluster else {}
     shared = machines(cluster) if cluster else ()
-    figures = codec_figures(used)
-    unknown = tuple(sorted({t.codec for t in plan.transfers} - set(figures)))
-    figures |= {name: CodecFigures() for name in unknown}
-    play = partial(simulate, plan, links, codecs=figures, overheads=overheads(used), machines=shared)
-    alone, full = play(requests=1), play(requests=max(_WINDOWS * plan.max_in_flight, _SHOWN))
+    unknown = tuple(sorted({t.codec for t in plan.transfers} - set(codec_figures(used))))
+
+    def play(goal: Goal, requests: int) -> Simulation:
+        figures = codec_figures(used, goal, shared) | {name: CodecFigures() for name in unknown}
+        spent = overheads(used, goal, shared, _client_bytes(plan))
+        return simulate(plan, links, codecs=figures, overheads=spent, machines=shared, requests=requests)
+
+    alone, full = play("latency", 1), play("throughput", max(_WINDOWS * plan.max_in_flight, _SHOWN))
     rows = _rows(plan, full)
     left_out = 0
     if len(rows) > _MOST_ROWS:
@@ -143,6 +145,12 @@ def timeline(plan: Plan, cluster: Cluster | None) -> Timeline:
         _Part(f"pipeline full: {full.throughput_per_s:.3g} requests per second", full, done[min(_SHOWN, len(done)) - 1]),
     )
     return Timeline(plan, tuple(rows), left_out, unknown, parts)
+
+
+def _client_bytes(plan: Plan) -> int:
+    """What the ingress takes from the client and sends to it, as far as the plan tells: an input that several stages take counts once."""
+    ends = {t.tensors: t.bytes for t in plan.transfers if CLIENT in (t.source, t.target)}
+    return sum(ends.values())
 
 
 def _rows(plan: Plan, played: Simulation) -> list[str]:

@@ -119,9 +119,7 @@ class _Player:
         if codec is None:
             raise BadInput(f"there are no figures for the codec {transfer.codec!r}; there are for {', '.join(codecs)}")
         if (a, b) not in self.links:
-            cores = [self.cores[node][0] for node in (a, b) if node in self.cores]
-            within = cores[0] if len(cores) == 2 and cores[0] is cores[1] else None
-            self.links[a, b] = LinkQueue(f"{a}->{b}", link, self.clock, self.log, within)
+            self.links[a, b] = LinkQueue(f"{a}->{b}", link, self.clock, self.log)
         encode_s = codec.encode_s(transfer.bytes, a) + self._overhead(transfer.source).message_s * len(transfer.tensors)
         decode_s = codec.decode_s(transfer.bytes, b) + self._overhead(transfer.target).message_s * len(transfer.tensors)
         sent = codec.sent_bytes(transfer.bytes, transfer.tensors)  # a tensor is called like its operator, but where one has several

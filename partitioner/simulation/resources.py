@@ -38,7 +38,7 @@ class Clock:
 class Cores:
     """A machine's cores, shared evenly by those who work when these want more than there are."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: float) -> None:
         self._count = count
         self._working: dict[_Worker, None] = {}
 
@@ -172,12 +172,11 @@ class _Parcel:
 
 class LinkQueue:
     """One stream. The transport takes chunks until it holds `TRANSPORT_BYTES`, and sends them in that order. What waits before it
-    takes turns: a request's parcels in order, those of different requests chunk by chunk. `cores`: a link within a machine is made of
-    processor time."""
+    takes turns: a request's parcels in order, those of different requests chunk by chunk."""
 
-    def __init__(self, name: str, link: Link, clock: Clock, log: list[Interval], cores: Cores | None = None) -> None:
+    def __init__(self, name: str, link: Link, clock: Clock, log: list[Interval]) -> None:
         self._name, self._link, self._clock, self._log = name, link, clock, log
-        self._worker = _Worker(clock, cores, 1)
+        self._worker = _Worker(clock, None, 1)
         self._parcels: dict[int, deque[_Parcel]] = {}
         self._turns: deque[int] = deque()
         self._transport: deque[tuple[_Parcel, float]] = deque()

@@ -142,11 +142,7 @@ class _Case:
         share = {name: taken[1] for name, taken in wishes.taken.items()}
         slow = np.array([1.0 / (1.0 - share.get(name, 0.0)) for name in names])
         costs = replace(costs, seconds=costs.seconds * slow[:, None])
-        overheads = {
-            n: Overhead(*(f * slow[k] for f in (o.stage_s, o.message_s, o.request_s)))
-            for k, n in enumerate(names)
-            if (o := self.overheads.get(n))
-        }
+        overheads = {n: o.times(slow[k]) for k, n in enumerate(names) if (o := self.overheads.get(n))}
         figures = shared(self.codecs, names, share)
         fixed = None
         if at is not None:

@@ -37,7 +37,7 @@ from partitioner.simulation import simulate
 from splitnet.cluster import Cluster
 from splitnet.explain import table
 from splitnet.install import status
-from splitnet.plan import Plan
+from splitnet.plan import CLIENT, Plan
 
 NAME = "simulated"
 _SECONDS = 3.0  # for each window
@@ -81,7 +81,12 @@ def played(plan: Plan, cluster: Cluster, window: int, requests: int, seconds: di
     """Batches per second in the simulator."""
     used = [cluster.node(node.name) for node in plan.nodes]
     links = {(link.source, link.target): link for link in cluster.links}
-    figures = {"codecs": codec_figures(used), "overheads": overheads(used), "machines": machines(cluster)}
+    shared = machines(cluster)
+    figures = {
+        "codecs": codec_figures(used, "throughput", shared),
+        "overheads": overheads(used, "throughput", shared, sum(t.bytes for t in plan.transfers if CLIENT in (t.source, t.target))),
+        "machines": shared,
+    }
     return simulate(plan, links, requests=requests, max_in_flight=window, seconds=seconds, **figures).throughput_per_s
 
 

@@ -23,8 +23,6 @@ from testbed.models import bert, cnn, vit
 import partitioner
 from nodes.testing import LocalCluster
 from partitioner.bandwidth import probe
-from partitioner.constants import codec_figures, machines, overheads
-from partitioner.cost import evaluate
 from partitioner.profiling_nodes import Options
 from splitnet.cluster import Cluster
 from splitnet.explain import seconds_text, table
@@ -78,14 +76,12 @@ def main() -> None:
                         shards = partitioner.cut(model, plan, folder)
                         plan = plan.with_shards({s: shard.sha256 for s, shard in shards.items()})
                         report = partitioner.bench(plan, shards=shards, requests=arguments.requests, deployment="truth")
-                    links = {(k.source, k.target): k for k in cluster.links}
-                    used = [cluster.node(node.name) for node in plan.nodes]
-                    cost = evaluate(plan.stages, plan.transfers, links, codec_figures(used), overheads(used), machines=machines(cluster))
+                    assert plan.prediction is not None
                     found[len(plan.stages)].append(
                         {
                             "compute": statistics.mean(s.compute_s / s.predicted_s for s in report.stages_alone),
-                            "latency": (cost.latency_s + report.client_s, report.latency_p50_s),
-                            "rate": (cost.throughput_per_s, report.throughput_per_s),
+                            "latency": (plan.prediction.latency_s + report.client_s, report.latency_p50_s),
+                            "rate": (plan.prediction.throughput_per_s, report.throughput_per_s),
                             "stages": "; ".join(
                                 f"{s.stage} {seconds_text(s.predicted_s)}->{seconds_text(s.compute_s)}" for s in report.stages_alone
                             ),

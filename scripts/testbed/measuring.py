@@ -17,7 +17,7 @@ from partitioner.bandwidth import probe
 from partitioner.benching import BenchReport
 from partitioner.profiling import Profile
 from partitioner.profiling_nodes import Options
-from splitnet.cluster import Cluster, ClusterNode
+from splitnet.cluster import Cluster
 from splitnet.explain import seconds_text
 from splitnet.plan import Plan
 from testbed.bed import Testbed
@@ -70,28 +70,8 @@ class Outcome:
 
 
 def probed(bed: Testbed, budget_s: float = 1.0) -> Cluster:
-    """The cluster as the nodes measure it. A node with a share of its own counts as a machine of its own: nobody else uses that share.
-
-    What a node spends besides computing is measured in pieces of a millisecond, which a quota lets through at full speed; request after
-    request it pays for them out of its share like for everything else, so these figures are divided by the share."""
-    cluster = probe([bed.addresses[name] for name in bed.spec.names], budget_s=budget_s)
-    share = {node.name: min(node.cpu, 1.0) for node in bed.spec.nodes if bed.has_share(node.name)}
-    nodes = (_slowed(node, share[node.name]) if node.name in share else node for node in cluster.nodes)
-    return dataclasses.replace(cluster, nodes=tuple(nodes))
-
-
-def _slowed(node: ClusterNode, share: float) -> ClusterNode:
-    return dataclasses.replace(
-        node,
-        machine=f"{node.machine}/{node.name}",
-        stage_s=node.stage_s / share,
-        message_s=node.message_s / share,
-        request_s=node.request_s / share,
-        codecs=tuple(
-            dataclasses.replace(c, encode_bytes_per_s=c.encode_bytes_per_s * share, decode_bytes_per_s=c.decode_bytes_per_s * share)
-            for c in node.codecs
-        ),
-    )
+    """The cluster as the nodes measure it."""
+    return probe([bed.addresses[name] for name in bed.spec.names], budget_s=budget_s)
 
 
 @dataclass(frozen=True)
@@ -129,13 +109,22 @@ class Subject:
         finally:
             splitnet.undeploy(plan, name)
 
-    def outcome(self, plan: Plan, *, extra_latency_s: float = 0.0, extra_bottleneck_s: float = 0.0, budget_s: float = 4.0) -> Outcome:
+    def outcome(
+        self, plan: Plan, *, extra_latency_s: float | None = None, extra_bottleneck_s: float = 0.0, budget_s: float = 4.0
+    ) -> Outcome:
         """Serves the plan and measures it, for about `budget_s` with requests one by one, and again with many at once. `extra...`: what the
-        client's own way to the ingress adds to the prediction."""
+        client's own way to the ingress adds to the prediction (default: what `bench` finds)."""
         assert plan.prediction is not None
-        latency_s = plan.prediction.latency_s + extra_latency_s
+        latency_s = plan.prediction.latency_s + (extra_latency_s or 0.0)
         bottleneck_s = max(1 / plan.prediction.throughput_per_s, extra_bottleneck_s)
         requests = min(max(math.ceil(budget_s / max(latency_s, bottleneck_s)), _FEWEST), _MOST)
         with self.deployed(plan) as served:
             report = partitioner.bench(served, deployment="testbed", requests=requests)
-        return Outcome(served, report, latency_s, report.latency_p50_s, 1 / bottleneck_s, report.throughput_per_s)
+        return Outcome(
+            served,
+            report,
+            latency_s + report.client_s if extra_latency_s is None else latency_s,
+            report.latency_p50_s,
+            1 / bottleneck_s,
+            report.throughput_per_s,
+        )

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 from small_models import slow
 
-from partitioner.constants import codec_figures, machines, overheads
-from partitioner.cost import Machine, evaluate
+from partitioner.constants import codec_figures, machines, overheads, paced
+from partitioner.cost import CodecFigures, Machine, evaluate
 from splitnet.cluster import Cluster, ClusterNode, CodecSpeed, Link
 from splitnet.errors import BadCluster
 from splitnet.plan import CLIENT, StageSpec, Transfer
@@ -21,8 +21,8 @@ def node(name: str, machine: str = "m", cores: int = 2, threads: int = 1, codecs
     )  # fmt: skip
 
 
-def test_three_threads_on_two_cores_share_them_and_two_do_not() -> None:
-    assert machines(Cluster((node("a"), node("b")))) == ()
+def test_nodes_on_one_machine_share_its_cores_and_one_alone_does_not() -> None:
+    assert machines(Cluster((node("a"), node("b", machine="other")))) == ()
     assert machines(Cluster((node("a", cores=4, threads=4),))) == ()
     assert machines(Cluster((node("a", machine="", cores=0), node("b", machine="", cores=0)))) == ()
     (shared,) = machines(Cluster((node("a"), node("b"), node("c"), node("d", machine="other"))))
@@ -37,11 +37,45 @@ def test_a_shared_machine_bounds_the_throughput_and_not_the_latency() -> None:
     apart = evaluate(stages, moves, links)
     assert apart.bottleneck_s == pytest.approx(2.0)
     shared = evaluate(stages, moves, links, machines=(Machine(2, {"a": 1, "b": 1, "c": 1}),))
-    assert shared.bottleneck_s == pytest.approx((3 * 2.0 + 3 * 1.0) / 2)
+    assert shared.bottleneck_s == pytest.approx(3 * 2.0 / 2)
     assert shared.bottleneck == "2 cores shared by nodes a, b, c"
     assert shared.latency_s == apart.latency_s
     other = evaluate(stages, moves, links, machines=(Machine(2, {"a": 1, "b": 2, "x": 1}),))
-    assert other.bottleneck_s == pytest.approx((2.0 + 2 * 2.0 + 1.0) / 2)
+    assert other.bottleneck_s == pytest.approx((2.0 + 2 * 2.0) / 2)
+
+
+def busy(name: str, machine: str = "", cores: float = 1.0, threads: int = 1) -> ClusterNode:
+    return dataclasses.replace(
+        node(name, machine, threads=threads), cores=cores, stage_cpu_s=1e-3, message_cpu_s=2e-3, request_cpu_s=3e-3, byte_cpu_s=1e-9
+    )
+
+
+def test_for_throughput_processor_seconds_come_out_of_the_processors_that_a_node_has() -> None:
+    half = overheads([busy("a", cores=0.5)], "throughput", client_bytes=1e6)["a"]
+    assert (half.stage_s, half.message_s, half.request_s) == pytest.approx((2e-3, 4e-3, 2 * (3e-3 + 1e-3)))
+    four = overheads([busy("a", cores=4, threads=4)], "throughput")["a"]
+    assert four.message_s == pytest.approx(2e-3 / 4)  # four threads compute; the rest is spread over all four processors
+    assert overheads([busy("a", cores=0.5)])["a"].message_s == 2e-4  # latency: one message, and nothing else to do
+    assert overheads([node("a")], "throughput")["a"].message_s == pytest.approx(2e-4 / 2)  # a file without these figures
+
+    raw = codec_figures([busy("a", cores=0.5), busy("b", cores=2)], "throughput")["raw"]
+    assert raw.encode_s(1e9, "a") == pytest.approx(2.0)
+    assert raw.decode_s(1e9, "b") == pytest.approx(0.5)
+    zstd = CodecFigures(4.0, 1e8, 1e9)
+    assert paced({"zstd": zstd}, [busy("a")])["zstd"].encode_s(1e9, "a") == pytest.approx(10.0 + 1.0 / 4)  # a quarter of the bytes is sent
+
+
+def test_on_a_shared_machine_the_processor_seconds_of_all_nodes_are_its_bottleneck() -> None:
+    nodes = [busy(name, "m", cores=2, threads=2) for name in "ab"]
+    (shared,) = machines(Cluster(tuple(nodes)))
+    each = overheads(nodes, "throughput", [shared])
+    stages = [StageSpec(n, n, (n,), (), (), seconds=1.0) for n in "ab"]
+    moves = [Transfer("a", "b", ("h",), bytes=8), Transfer("b", CLIENT, ("y",), bytes=8)]
+    links = {(x, y): Link(x, y, 1e12, 0.0) for x in "ab" for y in "ab" if x != y}
+    cost = evaluate(stages, moves, links, overheads=each, machines=[shared])
+    spent = 2 * 1e-3 + 4 * 2e-3 + 3e-3  # processor seconds besides computing: stages, ends of messages, the request
+    assert cost.bottleneck_s == pytest.approx((2 * 2 * 1.0 + spent) / 2)
+    assert str(shared) in cost.bottleneck
 
 
 def test_codecs_that_every_node_has() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -209,3 +210,18 @@ def test_six_hundred_operators_plan_in_seconds() -> None:
     assert len(chosen.stages) == 3
     assert chosen.prediction is not None
     assert chosen.prediction.throughput_per_s == pytest.approx(3 / (300 * 0.011), rel=0.02)
+
+
+def test_throughput_is_predicted_with_what_a_busy_node_takes_and_latency_with_what_one_request_finds() -> None:
+    model = profile_of(structure(2, skip=True), 0.009, 0.001)
+    column = dataclasses.replace(model.columns[HERE], sustained=1.5)
+    model = dataclasses.replace(model, columns={HERE: column, "a": column})
+    node = ClusterNode("a", "10.0.0.1:7001", request_s=1e-3, stage_cpu_s=2e-3, message_cpu_s=1e-3, request_cpu_s=3e-3, cores=1)
+    for objective in ("latency", "throughput"):
+        made = plan(model, Cluster((node,)), objective=objective).prediction
+        assert made is not None
+        assert made.latency_s == pytest.approx(0.020 + 1e-3)
+        assert 1 / made.throughput_per_s == pytest.approx(0.020 * 1.5 + 2e-3 + 3e-3)
+        (alone,) = made.alternatives
+        assert (alone.latency_s, alone.throughput_per_s) == pytest.approx((made.latency_s, made.throughput_per_s))
+        assert sum(s.seconds for s in plan(model, Cluster((node,)), objective=objective).stages) == pytest.approx(0.020)

@@ -126,7 +126,7 @@ def test_with_codecs_and_overheads_a_pipeline_with_room_keeps_the_pace_of_its_bo
     overheads = {node.name: Overhead(1e-3, 2e-4, 5e-4) for node in plan.nodes}
     cost = evaluate(plan.stages, plan.transfers, links, codecs, overheads)
     window = 3 * math.ceil(cost.latency_s / cost.bottleneck_s) + 3
-    played = simulate(plan, links, requests=window * 6, max_in_flight=window, codecs=codecs, overheads=overheads)
+    played = simulate(plan, links, requests=window * 12, max_in_flight=window, codecs=codecs, overheads=overheads)
     assert 1 / played.throughput_per_s == pytest.approx(cost.bottleneck_s, rel=0.01)
 
 

@@ -265,6 +265,7 @@ class DescribeReply(google.protobuf.message.Message):
     PROCESS_MEMORY_BYTES_FIELD_NUMBER: builtins.int
     MACHINE_FIELD_NUMBER: builtins.int
     CORES_FIELD_NUMBER: builtins.int
+    PROCESSORS_FIELD_NUMBER: builtins.int
     PROCESSOR_FIELD_NUMBER: builtins.int
     ENGINE_FIELD_NUMBER: builtins.int
     name: builtins.str
@@ -288,6 +289,8 @@ class DescribeReply(google.protobuf.message.Message):
     """the same for all nodes on one machine; empty where it cannot be told"""
     cores: builtins.int
     """processors of that machine that the process may use"""
+    processors: builtins.float
+    """how many processors' time it may use: `cores`, or less where a control group has a quota"""
     processor: builtins.str
     """the processor's model, for people and to find equal devices"""
     engine: builtins.str
@@ -321,10 +324,11 @@ class DescribeReply(google.protobuf.message.Message):
         process_memory_bytes: builtins.int = ...,
         machine: builtins.str = ...,
         cores: builtins.int = ...,
+        processors: builtins.float = ...,
         processor: builtins.str = ...,
         engine: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["codecs", b"codecs", "cores", b"cores", "deployments", b"deployments", "device", b"device", "draining", b"draining", "engine", b"engine", "engines", b"engines", "insecure", b"insecure", "links", b"links", "machine", b"machine", "max_message_bytes", b"max_message_bytes", "max_tensor_bytes", b"max_tensor_bytes", "memory_limit_bytes", b"memory_limit_bytes", "memory_used_bytes", b"memory_used_bytes", "name", b"name", "process_memory_bytes", b"process_memory_bytes", "processor", b"processor", "threads", b"threads", "uptime_s", b"uptime_s", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["codecs", b"codecs", "cores", b"cores", "deployments", b"deployments", "device", b"device", "draining", b"draining", "engine", b"engine", "engines", b"engines", "insecure", b"insecure", "links", b"links", "machine", b"machine", "max_message_bytes", b"max_message_bytes", "max_tensor_bytes", b"max_tensor_bytes", "memory_limit_bytes", b"memory_limit_bytes", "memory_used_bytes", b"memory_used_bytes", "name", b"name", "process_memory_bytes", b"process_memory_bytes", "processor", b"processor", "processors", b"processors", "threads", b"threads", "uptime_s", b"uptime_s", "version", b"version"]) -> None: ...
 
 Global___DescribeReply: typing_extensions.TypeAlias = DescribeReply
 
@@ -732,8 +736,11 @@ class OperatorsRequest(google.protobuf.message.Message):
 
     SHARDS_FIELD_NUMBER: builtins.int
     INPUTS_FIELD_NUMBER: builtins.int
+    SUSTAINED_FIELD_NUMBER: builtins.int
     inputs: builtins.str
     """sha256 of a blob: a safetensors file with the model's example inputs"""
+    sustained: builtins.bool
+    """only `sustained_cpu_s`, for as long as the budget says: to be asked of several nodes of a box at once"""
     @property
     def shards(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """sha256 of each shard's manifest"""
@@ -743,8 +750,9 @@ class OperatorsRequest(google.protobuf.message.Message):
         *,
         shards: collections.abc.Iterable[builtins.str] | None = ...,
         inputs: builtins.str = ...,
+        sustained: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["inputs", b"inputs", "shards", b"shards"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["inputs", b"inputs", "shards", b"shards", "sustained", b"sustained"]) -> None: ...
 
 Global___OperatorsRequest: typing_extensions.TypeAlias = OperatorsRequest
 
@@ -762,12 +770,15 @@ class OperatorsReply(google.protobuf.message.Message):
     SPREAD_FIELD_NUMBER: builtins.int
     ENGINE_FIELD_NUMBER: builtins.int
     MADE_UP_WEIGHTS_FIELD_NUMBER: builtins.int
+    SUSTAINED_CPU_S_FIELD_NUMBER: builtins.int
     whole_s: builtins.float
     rounds: builtins.int
     spread: builtins.float
     """median deviation of whole runs, as a share of whole_s"""
     engine: builtins.str
     made_up_weights: builtins.bool
+    sustained_cpu_s: builtins.float
+    """processor seconds, of all threads, of a whole run when one follows another without a pause"""
     @property
     def operators(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___OperatorTime]: ...
     def __init__(
@@ -779,8 +790,9 @@ class OperatorsReply(google.protobuf.message.Message):
         spread: builtins.float = ...,
         engine: builtins.str = ...,
         made_up_weights: builtins.bool = ...,
+        sustained_cpu_s: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["engine", b"engine", "made_up_weights", b"made_up_weights", "operators", b"operators", "rounds", b"rounds", "spread", b"spread", "whole_s", b"whole_s"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["engine", b"engine", "made_up_weights", b"made_up_weights", "operators", b"operators", "rounds", b"rounds", "spread", b"spread", "sustained_cpu_s", b"sustained_cpu_s", "whole_s", b"whole_s"]) -> None: ...
 
 Global___OperatorsReply: typing_extensions.TypeAlias = OperatorsReply
 
@@ -810,12 +822,23 @@ class Overhead(google.protobuf.message.Message):
     MESSAGE_S_FIELD_NUMBER: builtins.int
     REQUEST_S_FIELD_NUMBER: builtins.int
     CODECS_FIELD_NUMBER: builtins.int
+    STAGE_CPU_S_FIELD_NUMBER: builtins.int
+    MESSAGE_CPU_S_FIELD_NUMBER: builtins.int
+    REQUEST_CPU_S_FIELD_NUMBER: builtins.int
+    BYTE_CPU_S_FIELD_NUMBER: builtins.int
     stage_s: builtins.float
     """handing a request to the engine and back, without the engine"""
     message_s: builtins.float
     """sending or taking one small tensor, beyond what Probe's round trips hold of it"""
     request_s: builtins.float
     """taking a client's request and answering it: processor time; the client's own way is not in it"""
+    stage_cpu_s: builtins.float
+    """The same three with the node kept busy: processor seconds, of all threads. `byte_cpu_s`: for each byte of a tensor that
+    is sent or taken, the codec aside. 0: not measured.
+    """
+    message_cpu_s: builtins.float
+    request_cpu_s: builtins.float
+    byte_cpu_s: builtins.float
     @property
     def codecs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___CodecSpeed]: ...
     def __init__(
@@ -825,8 +848,12 @@ class Overhead(google.protobuf.message.Message):
         message_s: builtins.float = ...,
         request_s: builtins.float = ...,
         codecs: collections.abc.Iterable[Global___CodecSpeed] | None = ...,
+        stage_cpu_s: builtins.float = ...,
+        message_cpu_s: builtins.float = ...,
+        request_cpu_s: builtins.float = ...,
+        byte_cpu_s: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["codecs", b"codecs", "message_s", b"message_s", "request_s", b"request_s", "stage_s", b"stage_s"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["byte_cpu_s", b"byte_cpu_s", "codecs", b"codecs", "message_cpu_s", b"message_cpu_s", "message_s", b"message_s", "request_cpu_s", b"request_cpu_s", "request_s", b"request_s", "stage_cpu_s", b"stage_cpu_s", "stage_s", b"stage_s"]) -> None: ...
 
 Global___Overhead: typing_extensions.TypeAlias = Overhead
 
