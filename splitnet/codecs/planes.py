@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from splitnet.codecs.base import as_reals
+from splitnet.codecs.codes import blocks
 from splitnet.codecs.sections import SectionReader, SectionWriter
 
 __all__ = ["bits_of", "pack", "read_mask", "unpack", "write_mask"]
@@ -29,12 +30,13 @@ def pack(chunk: np.ndarray, writer: SectionWriter) -> None:
     writer.byte(masked)
     if masked:
         bits = write_mask(bits, count, writer)
-    if floats:
-        bits = bits << 1 | bits >> (8 * bits.itemsize - 1)  # the exponent fills the first byte alone
     planes = np.empty((bits.itemsize, bits.size), np.uint8)
-    elements = bits.view(np.uint8).reshape(-1, bits.itemsize)
-    for place, plane in enumerate(planes):
-        np.copyto(plane, elements[:, place])
+    for block in blocks(bits.size):
+        part = _exponent_first(bits[block]) if floats else bits[block]
+        elements = part.view(np.uint8).reshape(-1, bits.itemsize)
+        for place, plane in enumerate(planes):
+            plane[block] = elements[:, place]  # plane by plane: five times as fast as one transposed copy
+    for plane in planes:
         writer.add(plane, repeats=not floats)
 
 
@@ -46,11 +48,14 @@ def unpack(reader: SectionReader, out: np.ndarray) -> None:
         raise reader.wrong(f"a first byte of {masked}")
     places = read_mask(reader, bits.size) if masked else None
     found = bits if places is None else np.empty(places.size, bits.dtype)
+    planes = [reader.take(found.size) for _ in range(found.itemsize)]
+    floats = as_reals(out) is not None
     elements = found.view(np.uint8).reshape(-1, found.itemsize)
-    for place in range(found.itemsize):
-        elements[:, place] = reader.take(found.size)  # plane by plane: five times as fast as one transposed copy
-    if as_reals(out) is not None:
-        np.copyto(found, found >> 1 | found << (8 * found.itemsize - 1))
+    for block in blocks(found.size):
+        for place, plane in enumerate(planes):
+            elements[block, place] = plane[block]
+        if floats:
+            found[block] = _exponent_last(found[block])
     if places is not None:
         bits[:] = 0
         bits[places] = found
@@ -71,3 +76,16 @@ def read_mask(reader: SectionReader, size: int) -> np.ndarray:
     if places.size != count:
         raise reader.wrong(f"a mask of {places.size} numbers, {count} were declared")
     return places
+
+
+def _exponent_first(bits: np.ndarray) -> np.ndarray:
+    """The sign goes to the end, so that the exponent fills the first byte alone."""
+    turned: np.ndarray = bits << 1
+    turned |= bits >> 8 * bits.itemsize - 1
+    return turned
+
+
+def _exponent_last(bits: np.ndarray) -> np.ndarray:
+    turned: np.ndarray = bits >> 1
+    turned |= bits << 8 * bits.itemsize - 1
+    return turned
