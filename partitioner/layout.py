@@ -283,6 +283,7 @@ def _words(text: str) -> set[str]:
 
 def _peak_bytes(structure: Structure, received: set[str], executed: list[Vertex], kept: set[str]) -> int:
     last = {value: i for i, vertex in enumerate(executed) for value in vertex.inputs}
+    own = {spec.name for vertex in executed for spec in vertex.values}
     alive = peak = sum(structure.value_bytes[value] for value in received)
     gone: set[str] = set()
     for i, vertex in enumerate(executed):
@@ -290,5 +291,5 @@ def _peak_bytes(structure: Structure, received: set[str], executed: list[Vertex]
         peak = max(peak, alive)
         dead = {v for v in (*vertex.inputs, *(s.name for s in vertex.values)) if last.get(v, i) == i and v not in kept} - gone
         gone |= dead
-        alive -= sum(structure.value_bytes[v] for v in dead if v in received or structure.producer[v] in executed)
+        alive -= sum(structure.value_bytes[v] for v in dead if v in received or v in own)
     return peak

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 from partitioner.drawing.canvas import GRID, INK, MUTED, PAPER, Sheet, new_sheet, save, stage_colour, style
 from partitioner.drawing.model_graph import model_picture
 from partitioner.drawing.pareto import Pareto
-from partitioner.drawing.studies import Planner, choices, front, sweep
+from partitioner.drawing.studies import Planner, choices, front, large, stage_counts, sweep
 from partitioner.drawing.sweeping import Sweep, figures
 from partitioner.drawing.timeline import timeline
 from partitioner.profiling import Profile
@@ -88,13 +88,16 @@ def _comparisons(plan: Plan, profile: Profile, cluster: Cluster, planner: Planne
 
         planner = best_plan
     found = choices(plan, profile, cluster, planner)
+    counts = stage_counts(profile, cluster)
+    stages = "every number of" if counts == list(range(2, len(cluster.nodes) + 1)) else ", ".join(map(str, counts))
+    limit = " and at most six stages" if large(profile, cluster) else ""
     best = front(found)
     rows = [("", "latency", "requests/s", "")]
     rows += [(c.label, seconds_text(c.latency_s), f"{c.throughput_per_s:.3g}", "best of its kind" if c in best else "") for c in found]
     panels = [
         Panel(
             "What there is to choose from",
-            "Each point is a plan: the best for latency and the best for throughput with every number of stages, and each node alone; "
+            f"Each point is a plan: the best for latency and the best for throughput with {stages} stages, and each node alone; "
             "of those within 2% of each other, one. On the line are those that no other beats in both.",
             Pareto(tuple(found)),
             tuple(rows),
@@ -105,7 +108,7 @@ def _comparisons(plan: Plan, profile: Profile, cluster: Cluster, planner: Planne
         panels.append(
             Panel(
                 "The best cut against bandwidth",
-                f"Planned anew, for {plan.objective}, with every link at that bandwidth and its latency as it is. Where the line lies on a "
+                f"Planned anew, for {plan.objective}, with every link at that bandwidth and its latency as it is{limit}. Where the line lies on a "
                 "node's own, splitting would not help.",
                 Sweep(plan.objective, node_colours(plan, cluster), tuple(points)),
                 (("bandwidth", "best", "nodes in order", "sent"), *figures(plan.objective, points)),

@@ -13,10 +13,11 @@ from splitnet.cluster import Cluster
 from splitnet.errors import NoPlan
 from splitnet.plan import Alternative, Plan
 
-__all__ = ["Choice", "Planner", "Share", "SweepPoint", "choices", "front", "sweep"]
+__all__ = ["Choice", "Planner", "Share", "SweepPoint", "choices", "front", "large", "stage_counts", "sweep"]
 
 Planner = Callable[..., Plan]  #: `partitioner.plan`, perhaps with constraints bound to it
 _MOST_STAGES = 6
+_LARGE = 20_000  # operators x nodes
 _BITS = 8
 _SAME = 0.02  # relative
 
@@ -51,6 +52,16 @@ class SweepPoint:
     alternatives: tuple[Alternative, ...]
 
 
+def large(profile: Profile, cluster: Cluster) -> bool:
+    """Whether one plan takes so long (seconds) that only a few are made for a picture."""
+    return len(profile.structure.vertices) * len(cluster.nodes) > _LARGE
+
+
+def stage_counts(profile: Profile, cluster: Cluster) -> list[int]:
+    """The numbers of stages that are compared."""
+    return list(range(2, min(len(cluster.nodes), _MOST_STAGES) + 1, 2 if large(profile, cluster) else 1))
+
+
 def choices(plan: Plan, profile: Profile, cluster: Cluster, planner: Planner) -> list[Choice]:
     """The plan itself, every node alone that can hold the model, and the best of every number of stages for either objective. Of those
     that are as good as equal there is one, in this order."""
@@ -62,11 +73,10 @@ def choices(plan: Plan, profile: Profile, cluster: Cluster, planner: Planner) ->
 
     if plan.prediction:
         add(Choice(f"this plan, {_stages(plan)}", plan.prediction.latency_s, plan.prediction.throughput_per_s, chosen=True))
-    free = _try(planner, profile, cluster, objective=plan.objective)
-    for a in free.prediction.alternatives if free and free.prediction else ():
+    for a in _alone(plan, profile, cluster, planner):
         if a.fits:
             add(Choice(f"{a.node} alone", a.latency_s, a.throughput_per_s, alone=True))
-    for count in range(2, min(len(cluster.nodes), _MOST_STAGES) + 1):
+    for count in stage_counts(profile, cluster):
         for objective in ("latency", "throughput"):
             other = _try(planner, profile, cluster, objective=objective, stages=count)
             if other is not None and other.prediction:
@@ -84,17 +94,71 @@ def front(found: Sequence[Choice]) -> list[Choice]:
 
 
 def sweep(plan: Plan, profile: Profile, cluster: Cluster, planner: Planner, bits_per_s: Sequence[float]) -> list[SweepPoint]:
-    """Plans anew for each bandwidth, the links' latencies as they are. A bandwidth at which nothing can be planned is left out."""
-    points = []
-    for bits in bits_per_s:
-        links = tuple(dataclasses.replace(link, bandwidth_bytes_per_s=bits / _BITS) for link in cluster.links)
-        other = _try(planner, profile, dataclasses.replace(cluster, links=links), objective=plan.objective)
-        if other is None or other.prediction is None:
+    """The best plan for each bandwidth (ascending), the links' latencies as they are. A bandwidth at which nothing can be planned is left out.
+
+    Planned are the ends, and the middle between two bandwidths whose plans differ. Between two that have the same plan it is taken to be
+    the plan as well: its latency, and its bottleneck while that is the same, are linear in 1 / bandwidth; and where all are, no other plan that is
+    worse at both ends is better in between. Of a large model on a large cluster (`large`) every fifth bandwidth is planned, for at most six stages."""
+    few = large(profile, cluster)
+    bits_per_s = [*bits_per_s[:-1:5], bits_per_s[-1]] if few else bits_per_s
+    options: dict[str, Any] = {"max_stages": _MOST_STAGES} if few else {}
+    made: dict[int, Plan | None] = {}
+
+    def planned(k: int) -> Plan | None:
+        if k not in made:
+            links = tuple(dataclasses.replace(link, bandwidth_bytes_per_s=bits_per_s[k] / _BITS) for link in cluster.links)
+            made[k] = _try(planner, profile, dataclasses.replace(cluster, links=links), objective=plan.objective, **options)
+        return made[k]
+
+    points: dict[int, SweepPoint] = {}
+
+    def add(k: int, other: Plan | None, objective_s: float | None = None) -> None:
+        if other is not None and other.prediction is not None:
+            p = other.prediction
+            value = _objective_s(plan.objective, other) if objective_s is None else objective_s
+            points[k] = SweepPoint(bits_per_s[k], value, _shares(other, profile), sum(p.bytes_per_link.values()), p.alternatives)
+
+    pending = [(0, len(bits_per_s) - 1)]
+    while pending:
+        low, high = pending.pop()
+        a, b = planned(low), planned(high)
+        add(low, a)
+        add(high, b)
+        if high - low < 2:
             continue
-        p = other.prediction
-        value = p.latency_s if plan.objective == "latency" else 1.0 / p.throughput_per_s
-        points.append(SweepPoint(bits, value, _shares(other, profile), sum(p.bytes_per_link.values()), p.alternatives))
-    return points
+        if _same_plan(a, b):
+            ends = [(1 / bits_per_s[k], points[k].objective_s) for k in (low, high)] if a else []
+            for k in range(low + 1, high):
+                add(k, a, _between(1 / bits_per_s[k], *ends) if ends else None)
+        else:
+            pending += [(low, (low + high) // 2), ((low + high) // 2, high)]
+    return [points[k] for k in sorted(points)]
+
+
+def _objective_s(objective: str, plan: Plan) -> float:
+    assert plan.prediction is not None
+    return plan.prediction.latency_s if objective == "latency" else 1.0 / plan.prediction.throughput_per_s
+
+
+def _same_plan(a: Plan | None, b: Plan | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    same_cuts = [(s.node, s.operators) for s in a.stages] == [(s.node, s.operators) for s in b.stages]
+    bottleneck = a.objective == "latency" or (a.prediction and a.prediction.bottleneck) == (b.prediction and b.prediction.bottleneck)
+    return same_cuts and a.transfers == b.transfers and bottleneck
+
+
+def _between(x: float, a: tuple[float, float], b: tuple[float, float]) -> float:
+    return a[1] + (b[1] - a[1]) * (x - a[0]) / (b[0] - a[0])
+
+
+def _alone(plan: Plan, profile: Profile, cluster: Cluster, planner: Planner) -> tuple[Alternative, ...]:
+    """Each node by itself: the plan knows, unless it was made for some of the nodes only."""
+    known = plan.prediction.alternatives if plan.prediction else ()
+    if {a.node for a in known} == {node.name for node in cluster.nodes}:
+        return known
+    free = _try(planner, profile, cluster, objective=plan.objective)
+    return free.prediction.alternatives if free and free.prediction else ()
 
 
 def _shares(plan: Plan, profile: Profile) -> tuple[Share, ...]:

@@ -1,0 +1,67 @@
+"""How few plans the pictures of what else could be planned take, and that these are enough."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from partitioner.drawing.studies import sweep
+from partitioner.planning import plan
+from partitioner.profiling import HERE, Column, Profile
+from partitioner.structure import Structure, Vertex
+from splitnet.cluster import Cluster, ClusterNode, Link
+from splitnet.plan import OutputSpec, Plan
+from splitnet.tensors import TensorSpec
+
+MBIT_S = [1e6 * m for m in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)]
+
+
+def chain(count: int, size: int = 100_000) -> Profile:
+    spec = TensorSpec("x", "float32", ("batch", size // 4))
+    vertices = [Vertex("x", "input", (spec,), value_bytes=(size,), activation_bytes=size)]
+    params = {f"w{k}": 1000 for k in range(count)}
+    for k in range(count):
+        out, value = TensorSpec(f"op{k}", "float32", ("batch", size // 4)), vertices[-1].values[0].name
+        scope = f"layers.{k // 20}.{k % 20}"
+        vertices.append(Vertex(out.name, "aten.linear.default", (out,), (value,), (f"w{k}",), 1000, (size,), 2 * size, scope=scope))
+    outputs = (OutputSpec(f"op{count - 1}", TensorSpec("y", "float32", ("batch", size // 4))),)
+    structure = Structure("chain", "0" * 64, 1, tuple(vertices), (spec,), outputs, params, symbols={"batch": 1})
+    seconds = (0.0, *(0.002 for _ in range(count)))
+    return Profile(structure, {HERE: Column(seconds, "given")}, "a test", 1, "2", 1, sum(seconds), reference_s=0.01)
+
+
+def boxes(count: int, bandwidth: float = 1e7) -> Cluster:
+    speeds = (0.2, 0.5, 1.0, 1.5, 2.0, 4.0)  # six kinds
+    nodes = tuple(ClusterNode(f"n{k}", f"10.0.0.{k + 1}:7000", reference_s=0.01 * speeds[k % 6]) for k in range(count))
+    return Cluster(nodes, tuple(Link(a.name, b.name, bandwidth, 1e-4) for a, b in itertools.permutations(nodes, 2)))
+
+
+class Counted:
+    def __init__(self) -> None:
+        self.plans = 0
+
+    def __call__(self, *material: Any, **options: Any) -> Plan:
+        self.plans += 1
+        return plan(*material, **options)
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_a_sweep_gives_what_planning_each_bandwidth_gives(objective: str) -> None:
+    profile, cluster = chain(12), boxes(3)
+    chosen, counted = plan(profile, cluster, objective=objective), Counted()
+    quick = sweep(chosen, profile, cluster, counted, MBIT_S)
+    each = [point for bits in MBIT_S for point in sweep(chosen, profile, cluster, plan, [bits])]
+    assert [point.bandwidth_bits_per_s for point in quick] == MBIT_S
+    assert [point.shares for point in quick] == [point.shares for point in each]
+    assert [point.objective_s for point in quick] == pytest.approx([point.objective_s for point in each], rel=1e-9)
+    assert counted.plans < len(MBIT_S)
+
+
+def test_one_node_is_the_best_at_every_bandwidth_and_two_plans_show_it() -> None:
+    profile, cluster = chain(4), boxes(2)
+    counted = Counted()
+    points = sweep(plan(profile, cluster), profile, cluster, counted, MBIT_S)
+    assert {share.node for point in points for share in point.shares} == {"n0"}
+    assert (len(points), counted.plans) == (len(MBIT_S), 2)
