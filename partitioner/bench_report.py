@@ -47,7 +47,8 @@ class Alone:
 @dataclass(frozen=True)
 class BenchReport:
     """Latency is of one request with no other around, seen by the client; throughput with the pipeline kept full, the time of filling it
-    left out. `client_s` is the client's own way to the ingress and back, which latency holds and no plan predicts. Bytes per link and
+    left out. `client_s` is the client's own way to the ingress and back, which latency holds and no plan predicts; `client_cpu_s`, where the client
+    stands on the ingress's machine, its processor seconds per request divided by the machine's cores, which then are the nodes' no more. Bytes per link and
     `stages` are per request with the pipeline full (means), `stages_alone` with one request at a time (medians), all from the nodes' own
     counters. `reserved_bytes` per node is what the stages took of its limit, `process_bytes` what the process has in memory."""
 
@@ -65,9 +66,16 @@ class BenchReport:
     process_bytes: Mapping[str, int]
     stages: tuple[StageTime, ...]
     stages_alone: tuple[StageTime, ...]
+    client_cpu_s: float = 0.0
     deployed_for_this: bool = False
     alone: tuple[Alone, ...] = ()
     version: int = field(default=REPORT_VERSION)
+
+    def expected_per_s(self, prediction: Prediction) -> float:
+        """The predicted throughput; where the cores that the nodes share are the bottleneck, less what this client takes of them."""
+        if "shared by nodes" not in prediction.bottleneck:
+            return prediction.throughput_per_s
+        return 1.0 / (1.0 / prediction.throughput_per_s + self.client_cpu_s)
 
     def with_alone(self, alone: tuple[Alone, ...]) -> BenchReport:
         return dataclasses.replace(self, alone=alone)
@@ -85,7 +93,8 @@ class BenchReport:
             for key in ("stages", "stages_alone"):
                 document[key] = tuple(StageTime(**{**s, **{k: float(v) for k, v in s.items() if k.endswith("_s")}}) for s in document[key])
             document["alone"] = tuple(Alone(**a) for a in document["alone"])
-            for key in ("latency_p50_s", "latency_p95_s", "throughput_per_s", "client_s"):
+            document.setdefault("client_cpu_s", 0.0)
+            for key in ("latency_p50_s", "latency_p95_s", "throughput_per_s", "client_s", "client_cpu_s"):
                 document[key] = float(document[key])
             return cls(**document)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -107,6 +116,8 @@ def report_text(plan: Plan, report: BenchReport) -> str:
     lines += ["", *table(_rows(plan, report, plan.prediction))]
     if report.client_s > 0.01 * report.latency_p50_s:
         lines.append(f"  (predicted latency includes {seconds_text(report.client_s)} for this client's own way to the ingress and back)")
+    if plan.prediction and report.expected_per_s(plan.prediction) != plan.prediction.throughput_per_s:
+        lines.append(f"  (predicted throughput leaves {seconds_text(report.client_cpu_s)} of the shared cores per request to this client)")
     for title, stages in (("one request at a time", report.stages_alone), ("pipeline full", report.stages)):
         rows: list[tuple[str, ...]] = [("stage", "node", "wait", "decode", "compute", "encode", "send")]
         rows += [(s.stage, s.node, *map(seconds_text, (s.wait_s, s.decode_s, s.compute_s, s.encode_s, s.send_s))) for s in stages]
@@ -124,7 +135,7 @@ def _rows(plan: Plan, report: BenchReport, predicted: Prediction | None) -> list
 
     row("latency p50", predicted.latency_s + report.client_s if predicted else None, report.latency_p50_s, seconds_text)
     row("latency p95", None, report.latency_p95_s, seconds_text)
-    row("throughput", predicted.throughput_per_s if predicted else None, report.throughput_per_s, _rate)
+    row("throughput", report.expected_per_s(predicted) if predicted else None, report.throughput_per_s, _rate)
     expected_bytes = dict(predicted.bytes_per_link) if predicted else {}
     for link in sorted({*expected_bytes, *report.bytes_per_link}):
         row(f"bytes {link}", expected_bytes.get(link), report.bytes_per_link.get(link, 0), bytes_text)

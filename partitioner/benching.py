@@ -19,6 +19,7 @@ from splitnet.channel import open_channel, stub, translated
 from splitnet.errors import BadInput, BadPlan, BadShard, InsufficientMemory, NodeUnavailable, NotFound
 from splitnet.install import default_name, deploy, status, undeploy
 from splitnet.linkprobe import LinkMeasurement, measure_link
+from splitnet.machine import machine_id, usable_processors
 from splitnet.node_status import NodeStatus, StageStatus
 from splitnet.plan import NodeRef, Plan
 from splitnet.preflight import open_shards
@@ -122,9 +123,12 @@ class _Run:
                 raise BadPlan(f"the deployment {name!r} serves another plan", remedy="deploy this one with `splitnet deploy`")
             latencies, one_by_one = self._latencies(client, plan, name)
             before = _status(plan)
+            spent_s = time.process_time()
             throughput = self._throughput(client)
+            spent_s = time.process_time() - spent_s
             after = _status(plan)
         way = background.run(_client_way(plan.ingress.address))
+        here = any(node.name == plan.ingress.name and node.machine == machine_id() for node in after)
         size = sum(array.nbytes for array in self._inputs.values()) + self._answer_bytes
         return BenchReport(
             model=plan.model,
@@ -136,6 +140,7 @@ class _Run:
             latency_p95_s=float(np.percentile(latencies, 95)),
             throughput_per_s=throughput,
             client_s=size / way.bandwidth_bytes_per_s + way.round_trip_s,
+            client_cpu_s=spent_s / self._requests / usable_processors() if here else 0.0,
             bytes_per_link=_link_bytes(before, after, self._requests),
             reserved_bytes={node.name: sum(s.reserved_bytes for s in _stages(name, [node]).values()) for node in after},
             process_bytes={node.name: node.process_memory_bytes for node in after},

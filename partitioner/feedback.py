@@ -5,6 +5,8 @@
 - Links: a link that kept its sender busy for most of the time, with the pipeline full, is as fast as what it carried; any other link is
   at least that fast.
 - What latency then still exceeds the prediction by, the client's own way aside, is charged to the ingress for each request.
+- What the full pipeline's pace then still differs from the prediction by, where no link is the bottleneck, is charged to computing in a full
+  pipeline (`Column.sustained`) on the plan's nodes.
 """
 
 from __future__ import annotations
@@ -13,17 +15,18 @@ import dataclasses
 import math
 
 from partitioner.bench_report import BenchReport
-from partitioner.constants import codec_figures, overheads
+from partitioner.constants import codec_figures, machines, overheads
 from partitioner.cost import evaluate
 from partitioner.profiling import Column, Profile
 from splitnet.cluster import Cluster, Link
 from splitnet.errors import BadInput, NoPlan
-from splitnet.plan import Plan
+from splitnet.plan import CLIENT, Plan
 
 __all__ = ["corrected"]
 
 _SATURATED = 0.8  # share of the time that a link's sender spent waiting for it
 _SANE = 20.0  # a factor beyond this says that the report is of other hardware
+_PACE = 4.0  # a full pipeline differs from one request by less than this
 _NOTICEABLE_S = 0.01  # and nothing of what takes less than this, on a busy box
 
 
@@ -37,7 +40,8 @@ def corrected(profile: Profile, cluster: Cluster, report: BenchReport) -> tuple[
         cluster.node(node.name)
     profile = _with_measured_stages(profile, cluster, plan, report)
     cluster = dataclasses.replace(cluster, links=tuple(_measured_link(link, plan, report) for link in cluster.links))
-    return profile, _with_the_rest(cluster, profile, plan, report)
+    cluster = _with_the_rest(cluster, profile, plan, report)
+    return _at_its_pace(profile, cluster, plan, report), cluster
 
 
 def _with_measured_stages(profile: Profile, cluster: Cluster, plan: Plan, report: BenchReport) -> Profile:
@@ -55,9 +59,8 @@ def _with_measured_stages(profile: Profile, cluster: Cluster, plan: Plan, report
             expected, measured = expected + before, measured + seen.compute_s
             factors |= dict.fromkeys(own, _factor(seen.compute_s, before, f"stage {stage.name!r} on node {node!r}"))
         other = _factor(measured, expected, f"node {node!r}")
-        columns[node] = Column(
-            tuple(s * factors.get(i, other) for i, s in enumerate(seconds)), f"{columns[node].how}; corrected {other:.3g}x by a benchmark"
-        )
+        corrected_s = tuple(s * factors.get(i, other) for i, s in enumerate(seconds))
+        columns[node] = Column(corrected_s, f"{columns[node].how}; corrected {other:.3g}x by a benchmark", columns[node].sustained)
     return dataclasses.replace(profile, columns=columns)
 
 
@@ -99,3 +102,36 @@ def _with_the_rest(cluster: Cluster, profile: Profile, plan: Plan, report: Bench
     ingress = plan.ingress.name
     nodes = [dataclasses.replace(n, request_s=max(n.request_s + rest, 0.0)) if n.name == ingress else n for n in cluster.nodes]
     return dataclasses.replace(cluster, nodes=tuple(nodes))
+
+
+def _at_its_pace(profile: Profile, cluster: Cluster, plan: Plan, report: BenchReport) -> Profile:
+    used, shared = [cluster.node(node.name) for node in plan.nodes], machines(cluster)
+    place = {vertex.name: i for i, vertex in enumerate(profile.structure.vertices)}
+    links = {(link.source, link.target): link for link in cluster.links}
+    client_bytes = sum({t.tensors: t.bytes for t in plan.transfers if CLIENT in (t.source, t.target)}.values())
+    spent = overheads(used, "throughput", shared, client_bytes)
+    codecs = codec_figures(used, "throughput", shared)
+
+    def pace(factor: float) -> tuple[float, str]:
+        stages = [
+            dataclasses.replace(
+                stage, seconds=column.sustained * factor * math.fsum(column.seconds[place[name]] for name in stage.operators)
+            )
+            for stage in plan.stages
+            if (column := profile.columns[stage.node])
+        ]
+        cost = evaluate(stages, plan.transfers, links, codecs, spent, machines=shared)
+        return cost.bottleneck_s, cost.bottleneck
+
+    try:
+        (now_s, bottleneck), (without_s, _) = pace(1.0), pace(0.0)
+    except NoPlan:
+        return profile
+    if bottleneck.startswith("link ") or now_s <= without_s:
+        return profile
+    factor = min(max((1 / report.throughput_per_s - without_s) / (now_s - without_s), 1 / _PACE), _PACE)
+    columns = {
+        name: dataclasses.replace(column, sustained=column.sustained * factor) if name in {n.name for n in plan.nodes} else column
+        for name, column in profile.columns.items()
+    }
+    return dataclasses.replace(profile, columns=columns)

@@ -69,6 +69,7 @@ class NodeStatus:
     error: str = ""
     version: str = ""
     device: str = ""
+    machine: str = ""  # the same for processes that compete for the same cores
     threads: int = 0
     engines: tuple[str, ...] = ()
     codecs: tuple[str, ...] = ()
@@ -115,6 +116,7 @@ def _from_reply(name: str, address: str, reply: pb.DescribeReply) -> NodeStatus:
         address,
         version=reply.version,
         device=reply.device,
+        machine=reply.machine,
         threads=reply.threads,
         engines=tuple(reply.engines),
         codecs=tuple(reply.codecs),

@@ -137,6 +137,26 @@ def made_up(profile: Profile, plan: splitnet.Plan, **changes: object) -> BenchRe
     return dataclasses.replace(report, **changes)  # type: ignore[arg-type]
 
 
+def test_a_benchmark_corrects_the_pace_of_a_full_pipeline(boxes: LocalCluster, planned: tuple[Path, Profile]) -> None:
+    plan, profile = splitnet.Plan.load(planned[0]), planned[1]
+    for throughput in (200.0, 90.0):
+        better, cluster = corrected(profile, boxes.cluster(), made_up(profile, plan, throughput_per_s=throughput, latency_p50_s=0.0075))
+        again = partitioner.plan(better, cluster, at=[s.operators[0] for s in plan.stages[1:]], nodes=["a", "b", "c"])
+        assert again.prediction is not None
+        assert again.prediction.throughput_per_s == pytest.approx(throughput, rel=0.01)
+
+
+def test_a_client_on_the_nodes_machine_takes_of_the_shared_cores(boxes: LocalCluster, planned: tuple[Path, Profile]) -> None:
+    plan, profile = splitnet.Plan.load(planned[0]), planned[1]
+    assert plan.prediction is not None
+    apart = dataclasses.replace(plan.prediction, throughput_per_s=100.0, bottleneck="node a")
+    together = dataclasses.replace(apart, bottleneck="2 cores shared by nodes a, b")
+    report = made_up(profile, plan, client_cpu_s=0.01)
+    assert report.expected_per_s(apart) == 100.0
+    assert report.expected_per_s(together) == pytest.approx(50.0)
+    assert "leaves 10.0 ms of the shared cores" in report_text(dataclasses.replace(plan, prediction=together), report)
+
+
 def test_feedback_by_hand(boxes: LocalCluster, planned: tuple[Path, Profile]) -> None:
     plan, profile = splitnet.Plan.load(planned[0]), planned[1]
     seconds = tuple(0.0 if v.op == "input" else 0.0005 for v in profile.structure.vertices)
