@@ -7,7 +7,7 @@ Copies per hop of a raw tensor, of each byte: one into the message (`encode_fram
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,14 +134,15 @@ def spec_from_message(message: pb.TensorSpec) -> TensorSpec:
 
 
 def tensor_chunks(
-    name: str, array: np.ndarray, codec: str = "raw", chunk_bytes: int = CHUNK_BYTES
+    name: str, array: np.ndarray, codec: str = "raw", chunk_bytes: int = CHUNK_BYTES, encode: Callable[[np.ndarray], Buffer] | None = None
 ) -> Iterator[tuple[pb.TensorChunk, Buffer]]:
     """The chunks of a tensor in order, each encoded when it is asked for. At least one chunk, even for an empty tensor.
+    `encode`: what the codec does within a stream of frames (`codecs.delta.FrameEncoder.encode`), instead of what it does alone.
 
     Raises BadInput for a dtype that cannot be sent or an unknown codec. With the raw codec the payloads are views of the array.
     """
     dtype = dtype_name(array.dtype)
-    encode = get_codec(codec).encode
+    encode = encode or get_codec(codec).encode
     stored, strides = _stored(array)
     per_chunk = max(1, chunk_bytes // array.itemsize)
     head = pb.TensorChunk(name=name, dtype=dtype, shape=array.shape, strides=strides, stored_bytes=stored.nbytes, codec=codec)
@@ -195,8 +196,11 @@ class TensorAssembler:
     """Puts one tensor together from its chunks, which must come in order. Nothing is allocated beyond what the first chunk declares,
     and no more than `max_bytes`."""
 
-    def __init__(self, first: pb.TensorChunk, max_bytes: int = MAX_TENSOR_BYTES) -> None:
-        """Raises ProtocolError or BadInput for a header that is not sound."""
+    def __init__(
+        self, first: pb.TensorChunk, max_bytes: int = MAX_TENSOR_BYTES, decode: Callable[[memoryview, np.ndarray], None] | None = None
+    ) -> None:
+        """`decode`: instead of what the codec does alone (`codecs.delta.FrameDecoder.decode`). Raises ProtocolError or BadInput for a
+        header that is not sound."""
         self.name = first.name
         dtype = numpy_dtype(first.dtype)
         shape, strides = tuple(first.shape), tuple(first.strides)
@@ -218,7 +222,7 @@ class TensorAssembler:
             expected = dtype.itemsize * math.prod(shape)
         if expected != first.stored_bytes:
             raise ProtocolError(f"tensor {self.name!r}: shape {shape} needs {expected} bytes, {first.stored_bytes} were declared")
-        self._codec = get_codec(first.codec)
+        self._decode = decode or get_codec(first.codec).decode
         self._buffer = aligned_empty(first.stored_bytes)
         self._elements = self._buffer.view(dtype)
         self._shape = shape
@@ -239,7 +243,7 @@ class TensorAssembler:
                 f"tensor {self.name!r}: chunk [{start}, {end}) does not follow byte {self._filled} of {self._buffer.nbytes}"
             )
         if chunk.length:
-            self._codec.decode(memoryview(payload), self._elements[start // itemsize : end // itemsize])
+            self._decode(memoryview(payload), self._elements[start // itemsize : end // itemsize])
         elif len(payload):
             raise ProtocolError(f"tensor {self.name!r}: {len(payload)} bytes for an empty chunk")
         self._filled = end

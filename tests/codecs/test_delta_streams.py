@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from splitnet import wire
 from splitnet.codecs import get_codec
 from splitnet.codecs.delta import DeltaDecoder, DeltaEncoder, FrameEncoder
 from splitnet.errors import ProtocolError, ReferenceLost
@@ -139,6 +140,24 @@ def test_frames_of_another_stream_are_no_reference() -> None:
         encoder.delivered(frame)
     with pytest.raises(ReferenceLost):
         received(decoder, sent(ours.frame(), second), second)
+
+
+def test_frames_cross_the_wire() -> None:
+    encoder, decoder, sizes = DeltaEncoder(), DeltaDecoder(), []
+    for array in video(3):
+        sending, receiving = encoder.frame(), decoder.frame()
+        assembler: wire.TensorAssembler | None = None
+        size = 0
+        for head, payload in wire.tensor_chunks("x", array.reshape(30, 100).T, "delta", 4 * CHUNK, sending.encode):
+            assembler = assembler or wire.TensorAssembler(head, decode=receiving.decode)
+            assembler.add(head, payload)
+            size += len(payload)
+        assert assembler is not None
+        encoder.delivered(sending)
+        receiving.complete()
+        assert_near(assembler.array(), array.reshape(30, 100).T, 6.0)
+        sizes.append(size)
+    assert sizes[1] < sizes[0] / 2
 
 
 def test_the_codec_alone_refuses_what_refers_to_another_frame() -> None:
