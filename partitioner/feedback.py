@@ -26,6 +26,7 @@ __all__ = ["corrected"]
 
 _SATURATED = 0.8  # share of the time that a link's sender spent waiting for it
 _SANE = 20.0  # a factor beyond this says that the report is of other hardware
+_HALVINGS = 30
 _PACE = 4.0  # a full pipeline differs from one request by less than this
 _NOTICEABLE_S = 0.01  # and nothing of what takes less than this, on a busy box
 
@@ -124,14 +125,16 @@ def _at_its_pace(profile: Profile, cluster: Cluster, plan: Plan, report: BenchRe
         return cost.bottleneck_s, cost.bottleneck
 
     try:
-        (now_s, bottleneck), (without_s, _) = pace(1.0), pace(0.0)
+        if pace(1.0)[1].startswith("link "):
+            return profile
     except NoPlan:
-        return profile
-    if bottleneck.startswith("link ") or now_s <= without_s:
-        return profile
-    factor = min(max((1 / report.throughput_per_s - without_s) / (now_s - without_s), 1 / _PACE), _PACE)
+        return profile  # a link that the plan used is gone from the cluster
+    low, high = 1 / _PACE, _PACE
+    for _ in range(_HALVINGS):  # the pace does not fall as computing takes longer
+        factor = math.sqrt(low * high)
+        low, high = (factor, high) if pace(factor)[0] < 1 / report.throughput_per_s else (low, factor)
     columns = {
-        name: dataclasses.replace(column, sustained=column.sustained * factor) if name in {n.name for n in plan.nodes} else column
+        name: dataclasses.replace(column, sustained=column.sustained * low) if name in {n.name for n in plan.nodes} else column
         for name, column in profile.columns.items()
     }
     return dataclasses.replace(profile, columns=columns)
