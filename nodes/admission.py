@@ -8,6 +8,7 @@ from collections.abc import Hashable
 
 from nodes.pace import Pace
 from splitnet.errors import Overloaded
+from splitnet.plan import Prediction
 
 __all__ = ["Admission", "Buffers"]
 
@@ -19,12 +20,16 @@ _PIECES = 4  # batches that may be under way beyond `limit`: a single request th
 
 class Admission:
     """Requests in flight of one deployment: at most `limit`, and of several clients together no more than leave each its share of a
-    speed that was measured (`nodes.pace`)."""
+    speed that was measured (`nodes.pace`). `joined`: how many rows may be joined."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, prediction: Prediction | None = None, joined: int = 1) -> None:
         self.limit = limit
         self.in_flight = 0
-        self.pace = Pace(limit + _PIECES)
+        most = limit + _PIECES
+        if prediction is None:
+            self.pace = Pace(most, joined=joined)
+        else:
+            self.pace = Pace(most, joined=joined, depth=max(prediction.latency_s * prediction.throughput_per_s, 1.0))
         self._of_client: Counter[Hashable] = Counter()
         self._service_s = 0.0  # running mean
         self._refused = 0  # since a request last ended

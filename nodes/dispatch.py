@@ -179,7 +179,7 @@ class Dispatcher:
     def ended(self, batch: _Batch, request: Request, error: SplitnetError | None) -> None:
         deployment = request.deployment
         worth = sum(part.rows / part.call.rows for part in batch.parts)
-        deployment.admission.pace.leave(batch.passage, self._loop.time(), worth, answered=not request.awaited and error is None)
+        deployment.admission.pace.leave(batch.passage, self._loop.time(), worth, batch.rows, answered=not request.awaited and error is None)
         batch.outputs.clear()
         for part in batch.parts:
             part.call.requests.discard(request)

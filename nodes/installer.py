@@ -112,7 +112,9 @@ class Installer:
             )
             for spec in specs
         }
-        deployment = Deployment(name, plan, plan.sha256, own, stages, Admission(plan.max_in_flight))
+        deployment = Deployment(
+            name, plan, plan.sha256, own, stages, Admission(plan.max_in_flight, plan.prediction, plan.batching.max_batch)
+        )
         deployment.links = {node.name: self._links.take(own, node) for node in deployment.neighbours()}
         self._ledger.deployments[name] = deployment
         load_s = time.perf_counter() - started

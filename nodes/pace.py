@@ -17,7 +17,7 @@ from statistics import median_low
 
 __all__ = ["Pace", "Passage"]
 
-_FIRST_WINDOW = 8  # until something has been measured
+_FIRST_DEPTH = 2.0  # until something has been measured, where the plan predicts nothing
 _SURPLUS = 1.5  # times what fills the pipeline is sent: stages are not as even as clocks
 _TIMES = 2.25  # how much longer than alone a request may take on account of others, to the nearest request
 _SAMPLES = 5  # of `empty_s`; the median, because the first are cold
@@ -37,16 +37,20 @@ class Passage:
 
 
 class Pace:
-    """`most`: how many batches may be under way, whatever is measured."""
+    """`most`: how many batches may be under way, whatever is measured. `joined`: how many rows may be joined to one batch. `depth`: how many
+    batches are expected to fill the pipeline."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, *, joined: int = 1, depth: float = _FIRST_DEPTH) -> None:
         self.under_way = 0
         self._most = most
+        self._joined = joined
+        self._expected = depth
         self._empty = deque[float](maxlen=_SAMPLES)
         self._looks = 0  # at an empty pipeline
         self._look_at_s = -math.inf  # from then on, the pipeline is to be let run empty
         self._interval_s = 0.0
         self._calls = 1.0  # requests per batch; less than one where a request is divided
+        self._rows = 1.0  # per batch
         self._intervals = 0
         self._left_s: float | None = None  # when a batch last came out
         self._full_s: float | None = None  # since when the pipeline has been full
@@ -56,8 +60,7 @@ class Pace:
     @property
     def window(self) -> int:
         """How many batches to keep under way."""
-        depth = self.depth
-        return min(self._most, _FIRST_WINDOW if depth is None else math.ceil(_SURPLUS * depth) + 1)
+        return min(self._most, math.ceil(_SURPLUS * (self.depth or self._expected)) + 1)
 
     @property
     def depth(self) -> float | None:
@@ -81,13 +84,14 @@ class Pace:
             self._full_s = now_s
         return passage
 
-    def leave(self, passage: Passage, now_s: float, calls: float, *, answered: bool) -> None:
+    def leave(self, passage: Passage, now_s: float, calls: float, rows: int, *, answered: bool) -> None:
         """`calls`: how many requests that was (a part of one: less than 1). Without an answer nothing is learnt of the speed."""
         if answered and self._left_s is not None and self._at_work(passage, now_s, gap_s := now_s - self._left_s):
             self._intervals += 1
             weight = max(_WEIGHT, 1 / self._intervals)
             self._interval_s += weight * (gap_s - self._interval_s)
             self._calls += weight * (calls - self._calls)
+            self._rows += weight * (rows - self._rows)
         self.under_way -= 1
         self._left_s, self._full_s = now_s, None
         if passage.alone:
@@ -118,5 +122,7 @@ class Pace:
         depth = self.depth
         if depth is None:
             return True
-        alone = depth * self._calls + max(0.0, 1.0 - self._calls)  # in units of `call_s`; a divided request's pieces follow each other
-        return others + 1 <= round(_TIMES * max(alone, 1.0))
+        if self._calls < 1:  # in requests: the pieces of a divided one follow each other
+            depth = max(depth * self._calls + 1 - self._calls, 1.0)
+        company = max(self._joined * self._calls / self._rows, 1.0)  # as many as a full batch holds: fewer would never fill one
+        return others + 1 <= round(_TIMES * depth * company)

@@ -69,7 +69,7 @@ class Played:
             self.now_s = until_s
             return None
         self.now_s, _, asked, passage = heapq.heappop(self._out)
-        self.admission.pace.leave(passage, self.now_s, 1.0, answered=True)
+        self.admission.pace.leave(passage, self.now_s, 1.0, 1, answered=True)
         self.under_way.discard(asked.client)
         self.latencies.append(self.now_s - asked.came_s)
         self.admission.leave(asked.client, self.now_s - asked.came_s)
@@ -129,7 +129,7 @@ def test_a_long_way_is_filled_too() -> None:
             leaves_s = max(now_s + 0.2, way[-1][0] + 0.01) if way else now_s + 0.2
             way.append((leaves_s, pace.enter(now_s)))
         now_s, passage = way.popleft()
-        pace.leave(passage, now_s, 1.0, answered=True)
+        pace.leave(passage, now_s, 1.0, 1, answered=True)
         done += now_s > 10.0
     assert done / 50.0 > 0.9 / 0.01
 
