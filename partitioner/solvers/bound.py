@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from partitioner.solvers.problem import Codecs, Floats
+from partitioner.solvers.problem import Codecs, Floats, Overheads
 
-__all__ = ["Instance", "bottleneck_bound", "latency_bound"]
+__all__ = ["Instance", "bottleneck_bound", "latency_bound", "shared_bound"]
 
 _STEPS = 80
 _MEMORY_STEPS = 40
@@ -197,3 +197,18 @@ def _ascended(instance: Instance, seconds: Floats, bounded: Floats, start: tuple
                 prices + best / max(instance.param_bytes.sum(), 1.0) * 2.0 / (1 + step) ** 0.8 * over / max(np.abs(over).max(), 1.0), 0.0
             )
     return best
+
+
+def shared_bound(seconds: Floats, threads: Mapping[int, int], cores: float, overheads: Overheads, stages: int, arrivals: bool) -> float:
+    """Seconds below which the cores of a machine that devices share cannot be busy: `threads` of the devices that are on it.
+
+    Every operator runs on some device; one that is elsewhere costs the machine nothing. So do at least `stages` stages, on as many devices, and, with
+    `arrivals`, a tensor taken on each but the first, which another device sent.
+    """
+    share = np.array([threads.get(d, 0) / cores for d in range(len(seconds))])
+    bound = float(np.where(np.isfinite(seconds), share[:, None] * np.where(np.isfinite(seconds), seconds, 0.0), np.inf).min(axis=0).sum())
+    bound += float(np.sort(share * overheads.stage_s)[:stages].sum()) + float((share * overheads.request_s).min())
+    if arrivals and stages > 1:
+        message = np.sort(share * overheads.message_s)
+        bound += float(message[: stages - 1].sum() + message[0] * (stages - 1))
+    return bound

@@ -20,7 +20,7 @@ from partitioner.solvers.narrowing import narrowed
 from partitioner.solvers.placement import Realised, Scale, Selected
 from partitioner.solvers.problem import ChainProblem, Codecs, Floats, Objective, Overheads
 from partitioner.solvers.reading import GraphCosts
-from partitioner.solvers.refine import fewest_bytes, refine
+from partitioner.solvers.refine import fewest_bytes, refine, thrift_note
 from partitioner.solvers.route import Prices
 from partitioner.solvers.tiers import two_tiers
 from splitnet.cluster import Link
@@ -61,7 +61,7 @@ class Question:
             realise=self.costs.realise, objective=goal, links=self.links, limits=dict(zip(self.costs.devices, self.limits, strict=True)),
             stages=self.stages, codecs=self.figures, overheads=self.overheads, producers=self.costs.producers,
             link_codecs={pair: tuple(names) for pair, names in self.wishes.link_codecs.items()}, budget=self.wishes.max_accuracy_loss,
-            ingress=self.wishes.ingress,
+            ingress=self.wishes.ingress, allowed=self.allowed,
         )  # fmt: skip
 
     def instance(self) -> Instance:
@@ -98,6 +98,7 @@ class Chosen:
     bound_s: float
     busiest_bound_s: float
     alternatives: tuple[Alternative, ...]
+    note: str = ""
 
 
 def choose_plan(question: Question, goal: Objective) -> Chosen:
@@ -129,8 +130,9 @@ def choose_plan(question: Question, goal: Objective) -> Chosen:
             problem, [costs.names[i] for i in positions[:-1]], question.stages, question.wishes.max_accuracy_loss
         )
     proven = min(bound, best.cost.objective_s(goal))
-    best = fewest_bytes(scale, best, question.tolerance)
-    return Chosen(goal, best, proven, busiest, alternatives(scale, question.problem((0, count)), (0, count)))
+    thrifty = fewest_bytes(scale, best, question.tolerance)
+    note = thrift_note(best, thrifty, goal, question.tolerance)
+    return Chosen(goal, thrifty, proven, busiest, alternatives(scale, question.problem((0, count)), (0, count)), note)
 
 
 def _over_all_positions(

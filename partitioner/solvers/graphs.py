@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from partitioner.cost import RAW, CodecFigures, Overhead
+from partitioner.cost import RAW, SHORTEST_S, CodecFigures, Overhead
 from partitioner.solvers.choosing import Chosen, Question, choose_plan, pipeline_depth
 from partitioner.solvers.constraints import Constraints, allowed_operators, matching, stage_range
 from partitioner.solvers.problem import Objective, Overheads
@@ -236,9 +236,11 @@ def _plan(case: _Case, answered: tuple[_Answered, float], batch: int) -> Plan:
             latency_s=cost_latency,
             throughput_per_s=cost.throughput_per_s,
             bottleneck=cost.bottleneck,
-            bound=min(scaled, reached if case.goal == "latency" else own),
+            # A plan that costs nothing is as fast as any.
+            bound=min(scaled, reached) if case.goal == "latency" else max(min(scaled, own), SHORTEST_S),
             memory_bytes=dict(cost.memory_bytes),
             bytes_per_link={f"{a}->{b}": size for (a, b), size in cost.link_bytes.items()},
             alternatives=chosen.alternatives,
+            note=chosen.note,
         ),
     )

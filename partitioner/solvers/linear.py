@@ -53,6 +53,10 @@ def best_in_order(
                 _EXAMINED,
             ):
                 consider(candidate)
+            if scale.machines and scale.objective == "throughput":
+                # Nodes that share cores are as busy as all of them together: plans of little work in all are looked at, too.
+                for candidate in islice(candidates(problem, "latency", stages=scale.stages, budget=scale.budget), _EXAMINED):
+                    consider(candidate)
     return best, answer
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+
 from partitioner.cost import CodecFigures, Cost, Machine, Overhead, evaluate
 from partitioner.solvers.problem import Candidate, Objective
 from splitnet.cluster import Link
@@ -69,6 +71,7 @@ class Scale:
     budget: float | None = None
     ingress: str = ""
     machines: Sequence[Machine] = ()
+    allowed: np.ndarray | None = None  # (devices, vertices) bool: which device may run which vertex
     refused: NoPlan | None = None
 
     def __post_init__(self) -> None:
@@ -96,6 +99,10 @@ class Scale:
         return evaluate(realised.stages, realised.transfers, self.links, self.codecs, self.overheads, self.producers, self.machines)
 
     def _weigh(self, placement: Placement) -> Selected | None:
+        if self.allowed is not None:  # the search proposes what wishes rule out, too
+            device = np.asarray(placement.order)[np.asarray(placement.stage_of)]
+            if not self.allowed[device, np.arange(len(device))].all():
+                return None
         try:
             realised = self.realise(placement)
             if len(realised.stages) not in self.stages or (self.ingress and realised.stages[0].node != self.ingress):

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from partitioner.solvers.placement import Placement, Scale, Selected
+from partitioner.solvers.problem import Objective
+from splitnet.explain import bytes_text
 
-__all__ = ["fewest_bytes", "refine"]
+__all__ = ["fewest_bytes", "refine", "thrift_note"]
 
 
 def refine(
@@ -34,6 +36,15 @@ def fewest_bytes(scale: Scale, best: Selected, tolerance: float) -> Selected:
     limit = best.cost.objective_s(scale.objective) * (1 + tolerance)
     near = [s for s in scale.known if s.cost.objective_s(scale.objective) <= limit]
     return min(near, key=lambda s: (s.bytes, *scale.rank(s)), default=best) if tolerance > 0 else best
+
+
+def thrift_note(best: Selected, thrifty: Selected, objective: Objective, tolerance: float) -> str:
+    """What people should know where `fewest_bytes` took another plan than the best; "" where it did not."""
+    if thrifty.bytes >= best.bytes:
+        return ""
+    more = thrifty.cost.objective_s(objective) / best.cost.objective_s(objective) - 1
+    found = f"of the plans within {tolerance:.1%} of the best, the one that sends least: {bytes_text(best.bytes - thrifty.bytes)} less"
+    return f"{found}, {more:.1%} slower" if more > 0 else found
 
 
 def _neighbours(placement: Placement, before: Sequence[frozenset[int]], devices: int, blocks: Sequence[int] | None) -> Iterator[Placement]:

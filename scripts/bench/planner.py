@@ -1,14 +1,17 @@
 """The planner's figures: gap to brute force, time, gain over heuristics, scale. `python scripts/bench/planner.py [--quick]`.
 
-Everything is computed on random instances with fixed seeds; nothing needs torch or a network. Times are processor seconds of this process.
+Everything is computed on random instances with fixed seeds; only the exported BERT needs torch and transformers. Times are processor seconds of this process.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import math
 import random
+import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +31,9 @@ from splitnet.errors import NoPlan
 from splitnet.plan import Plan
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "planner"))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from homes import balanced, home, proportional
 
 CODECS = {
     "raw": CodecFigures(1.0, 2e9, 4e9),
@@ -161,8 +167,33 @@ def transformer(blocks: int) -> networkx.DiGraph:
     return graph
 
 
+def exported_bert(hidden: int = 256) -> networkx.DiGraph:
+    """What torch.export makes of a BERT of 12 layers (random weights; the hidden size changes no vertex), as our capture hands it on: seconds
+    in proportion to operations and bytes, the device six times slower than the server."""
+    import torch
+    import transformers
+
+    import partitioner
+
+    config = transformers.BertConfig(
+        hidden_size=hidden, num_attention_heads=hidden // 64, intermediate_size=4 * hidden, num_hidden_layers=12, vocab_size=1000
+    )
+    torch.manual_seed(0)
+    ids = torch.randint(0, 1000, (2, 128))
+    model = partitioner.capture(transformers.BertModel(config).eval(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    graph = model.structure.graph()
+    for _, figures in graph.nodes(data=True):
+        seconds = figures["flops"] / 5e10 + figures["activation_bytes"] / 2e10 + 1e-6
+        figures["seconds"] = {"device": 6 * seconds, "server": seconds}
+    return graph
+
+
 def two_tiers() -> None:
-    graph = transformer(12)
+    for title, graph in (("generated", transformer(12)), ("exported BERT-12", exported_bert())):
+        _two_tiers(title, graph)
+
+
+def _two_tiers(title: str, graph: networkx.DiGraph) -> None:
     devices = {"device": math.inf, "server": math.inf}  # requests come in at the device
     for mbit in (1, 10, 100, 1000):
         links = dict.fromkeys(itertools.permutations(devices, 2), (mbit * 125e3, 2e-3))
@@ -172,62 +203,46 @@ def two_tiers() -> None:
             codec_arrays({"raw": CodecFigures()}, list(devices), costs.operators, {}, {}), Overheads.none(2), None, (0, len(costs.operators)),
         )  # fmt: skip
         allowed = np.ones((2, len(costs.operators)), dtype=bool)
-        allowed[1, 0] = False
+        allowed[1, [i for i, before in enumerate(costs.before) if not before]] = False
         problem = replace(problem, allowed=allowed)
-        took, (value, upstream) = timed(lambda c=costs, p=problem: cut_in_two(c, p, 0, 1))
+        found = [timed(lambda c=costs, p=problem: cut_in_two(c, p, 0, 1)) for _ in range(5)]
+        took, (value, upstream) = statistics.median(seconds for seconds, _ in found), found[0][1]
         whole, plan = timed(lambda links=links: solve(graph, devices, links, input_at="device"))
         print(
-            f"  {len(graph)} operators at {mbit} Mbit/s: one minimum cut {took * 1e3:.0f} ms ({value * 1e3:.1f} ms, {len(upstream)} upstream); "
+            f"  {title}, {len(graph)} operators at {mbit} Mbit/s: one minimum cut {took * 1e3:.0f} ms ({value * 1e3:.1f} ms, {len(upstream)} upstream); "
             f"whole plan {whole:.2f} s, {reached(plan) * 1e3:.1f} ms, {gap_text(plan)}"
         )
 
 
-def _shares(graph: networkx.DiGraph, order: list[str], speed: dict[str, float]) -> dict[str, str]:
-    """Each operator's device: the operators in order, each device a share of the work in proportion to its speed."""
-    weights = [1 / speed[n] for n in order]
-    work = [graph.nodes[k]["seconds"][order[0]] for k in graph]
-    ends, pins, done = list(itertools.accumulate(weights)), {}, 0.0
-    for k, seconds in enumerate(work):
-        middle = (done + seconds / 2) / sum(work) * ends[-1]
-        pins[str(k)] = order[next(i for i, end in enumerate(ends) if middle <= end)]
-        done += seconds
-    return pins
-
-
 def heuristic(instances: int) -> None:
-    """Devices in the order of their speed, fastest first: all of them with shares in proportion to their speed (memory aside), all of them cut
-    at the best places for that order, or as many as are best cut so. Links from slow Wi-Fi to gigabit: 3 to 800 Mbit/s."""
+    """Against rules of thumb on the home networks of `homes`, all with devices in the order of their speed, fastest first; each is priced like a plan."""
     ratios: dict[tuple[str, str], list[float]] = {}
     for seed in range(instances):
-        rng = random.Random(seed)
-        length, names = rng.randint(12, 24), [f"n{k}" for k in range(rng.randint(4, 6))]
-        speed = {n: rng.uniform(1, 10) for n in names}
-        graph = networkx.DiGraph()
-        for k in range(length):
-            work = rng.uniform(0.2, 2.0) * 0.01
-            graph.add_node(k, seconds={n: work * speed[n] * rng.uniform(0.8, 1.25) for n in names}, param_bytes=10**6)
-            if k:
-                graph.add_edge(k - 1, k, bytes=rng.choice([10**4, 10**5, 10**6]))
-        links = {pair: (10 ** rng.uniform(5.6, 8), rng.uniform(0, 0.01)) for pair in itertools.permutations(names, 2)}
-        devices = dict.fromkeys(names, max(6.0, 1.6 * length / len(names)) * 10**6)
-        order = sorted(names, key=speed.__getitem__)
-        in_order = {pair: figures for pair, figures in links.items() if order.index(pair[0]) < order.index(pair[1])}
+        case = home(seed)
+        graph, devices, links = case.graph, case.devices, case.links
+        place = {name: k for k, name in enumerate(case.by_speed)}
+        onward = {pair: figures for pair, figures in links.items() if place[pair[0]] < place[pair[1]]}
+        rules: dict[str, dict[str, Any]] = {
+            "shares in proportion to speed": {"pin": proportional(case)},
+            "compute balanced (links not looked at)": {"pin": balanced(case)},
+            "best cuts for all devices": {"links": onward, "stages": len(devices)},
+            "best cuts for as many as are best": {"links": onward},
+        }
         for objective in ("latency", "throughput"):
             best = reached(solve(graph, devices, links, objective))
-            shared = reached(solve(graph, dict.fromkeys(names, math.inf), links, objective, pin=_shares(graph, order, speed)))
-            ratios.setdefault((objective, "all of them in proportion"), []).append(shared / best)
-            for how, stages in (("all of them", len(names)), ("as many as are best", None)):
-                try:
-                    other = reached(solve(graph, devices, in_order, objective, stages=stages))
-                except NoPlan:
-                    continue
-                ratios.setdefault((objective, how), []).append(other / best)
-    for (objective, how), found in ratios.items():
-        lower = 1 - sum(1 / r for r in found) / len(found)
-        what = "bottleneck" if objective == "throughput" else "latency"
+            for rule, asked in rules.items():
+                if asked.get("pin") == {}:
+                    continue  # it found no place for some layer
+                with contextlib.suppress(NoPlan):
+                    options = {k: v for k, v in asked.items() if k != "links"}
+                    ratios.setdefault((objective, rule), []).append(
+                        reached(solve(graph, devices, asked.get("links", links), objective, **options)) / best
+                    )
+    for (objective, rule), found in ratios.items():
+        what, lower = ("bottleneck" if objective == "throughput" else "latency"), [1 - 1 / r for r in found]
         print(
-            f"  {what}, {how} in order: {len(found)} instances, that costs {sum(found) / len(found) - 1:+.0%} on average; "
-            f"the plan's {what} is {lower:.0%} lower"
+            f"  {what}, {rule}: {len(found)} instances; the rule costs {statistics.mean(found) - 1:+.0%} (median "
+            f"{statistics.median(found) - 1:+.0%}); the plan's {what} is {statistics.mean(lower):.0%} lower (median {statistics.median(lower):.0%})"
         )
 
 
@@ -236,7 +251,12 @@ def scale() -> None:
         graph, devices, links = layers(length, 64, 2, kinds=6)
         for objective in ("latency", "throughput"):
             took, plan = timed(lambda o=objective, g=graph, d=devices, k=links: solve(g, d, k, o))
-            print(f"  {length} operators x 64 devices of 6 kinds, {objective}: {took:.1f} s, {len(plan.stages)} stages, {gap_text(plan)}")
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**20
+            print(
+                f"  {length} operators x 64 devices of 6 kinds, {objective}: {took:.1f} s, {len(plan.stages)} stages, {gap_text(plan)}; "
+                f"{memory:.0f} MiB at most",
+                flush=True,
+            )
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ from test_wishes import coded
 
 from partitioner.cost import BUFFERED_REQUESTS
 from partitioner.solvers import chain, choosing, reading, solve
-from partitioner.solvers.problem import interval_ends, interval_memory
+from partitioner.solvers.bound import shared_bound
+from partitioner.solvers.problem import Overheads, interval_ends, interval_memory
 from splitnet.errors import NoPlan
 from splitnet.plan import Plan
 
@@ -95,3 +96,13 @@ def test_ends_by_doubling_are_those_of_the_table() -> None:
             for j in range(length):
                 good = [i for i in range(j + 1, length + 1) if table[j, i] <= limit and not barred[d, j:i].any()]
                 assert ends[d, j] == max(good, default=0), (d, j, BUFFERED_REQUESTS)
+
+
+def test_a_machine_that_all_share_bounds_the_bottleneck() -> None:
+    """Three devices of one thread on two cores: half of all work, with the stages and messages that there must be."""
+    seconds = np.array([[1.0, 2.0, 3.0], [2.0, 1.0, 3.0], [1.0, 1.0, 9.0]])
+    overheads = Overheads(np.full(3, 0.5), np.full(3, 0.25), np.full(3, 1.0))
+    shared = {0: 1, 1: 1, 2: 1}
+    assert shared_bound(seconds, shared, 2, overheads, 1, False) == pytest.approx((1 + 1 + 3 + 0.5 + 1.0) / 2)
+    assert shared_bound(seconds, shared, 2, overheads, 3, True) == pytest.approx((1 + 1 + 3 + 1.5 + 1.0 + 4 * 0.25) / 2)
+    assert shared_bound(seconds, {0: 1, 1: 1}, 2, overheads, 1, False) == 0.0  # the third is elsewhere

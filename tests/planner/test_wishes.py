@@ -260,3 +260,34 @@ def test_options_become_wishes() -> None:
     ):
         with pytest.raises(BadInput, match=message):
             wishes(given | {name: wrong})
+
+
+def test_local_search_keeps_to_the_pins() -> None:
+    """A graph that is no chain: the input is pinned to a slow device, and its bytes are what a plan would like to save."""
+    graph = networkx.DiGraph()
+    for name in ("ids", "mask", "embed", "mixed"):
+        graph.add_node(name, seconds={"d": 6.0, "s": 1.0} if name in ("embed", "mixed") else {"d": 0.0, "s": 0.0})
+    graph.add_edge("ids", "embed", bytes=2048)
+    graph.add_edge("mask", "mixed", bytes=8)
+    graph.add_edge("embed", "mixed", bytes=10**6)
+    plan = solve(graph, free("ds"), joined("ds"), pin={"ids": "d", "mask": "d"})
+    assert where(plan) == {"ids": "d", "mask": "d", "embed": "s", "mixed": "s"}
+    assert plan.prediction is not None
+    assert plan.prediction.bound == pytest.approx(reached(plan)) == pytest.approx(2.0 + 2.056)
+
+
+def test_what_the_tolerance_chose_is_said() -> None:
+    graph = networkx.DiGraph()
+    for name, seconds in (("in", 0.0), ("left", 5.0), ("right", 4.0), ("out", 0.0)):
+        graph.add_node(name, seconds={"a": seconds, "b": seconds})
+    for user in ("left", "right"):
+        graph.add_edge("in", user, bytes=100)
+        graph.add_edge(user, "out", bytes=100)
+    best = solve(graph, free("ab"), joined("ab", 1e6), "throughput")
+    thrifty = solve(graph, free("ab"), joined("ab", 1e6), "throughput", tolerance=0.9)
+    assert best.prediction is not None
+    assert thrifty.prediction is not None
+    assert len(best.stages) == 2
+    assert not best.prediction.note
+    assert len(thrifty.stages) == 1
+    assert thrifty.prediction.note.startswith("of the plans within 90.0% of the best, the one that sends least")
