@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from splitnet import background
 from splitnet.channel import open_channel, stub, translated
 from splitnet.cluster import OVERHEADS, Cluster, ClusterNode, CodecSpeed, Link, equal_devices
-from splitnet.errors import BadCluster, BadInput, DeadlineExceeded, NodeUnavailable, ServiceError, SplitnetError
+from splitnet.errors import BadCluster, BadInput, NodeUnavailable, ServiceError, SplitnetError
 from splitnet.explain import seconds_text, table
 from splitnet.rpc.v1 import node_pb2 as pb
 
@@ -152,11 +152,11 @@ async def _describe(address: str) -> ClusterNode:
 
 
 async def _link(a: ClusterNode, b: ClusterNode, budget_s: float) -> pb.MeasureReply:
-    """A second time where the first one ran out of time: a busy box is not one that cannot be reached."""
+    """A second time where the first one failed: a busy box, or one connection that broke, is not a node that cannot be reached."""
     request = pb.MeasureRequest(peer_address=b.address, budget_s=budget_s)
     try:
         return await _measure(a, request, budget_s)
-    except DeadlineExceeded:
+    except ServiceError:
         return await _measure(a, request, budget_s)
 
 

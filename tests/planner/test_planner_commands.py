@@ -14,7 +14,7 @@ import torch
 import partitioner
 import splitnet
 from nodes.testing import LocalCluster
-from partitioner import cli
+from partitioner import bandwidth, cli
 from partitioner.bandwidth import probe
 from partitioner.benching import random_inputs
 from partitioner.profiling import HERE, Profile
@@ -175,6 +175,21 @@ def test_probe_by_library(boxes: LocalCluster) -> None:
         probe([addresses[0], addresses[0]])
     with pytest.raises(BadInput, match="not HOST:PORT"):
         probe(["nonsense"])
+
+
+def test_a_link_that_fails_once_is_measured_again(boxes: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, failed = bandwidth._measure, set[str]()
+
+    async def breaks_once(node: Any, request: Any, budget_s: float) -> Any:
+        if request.peer_address and node.name not in failed:
+            failed.add(node.name)
+            raise NodeUnavailable("the connection broke", node=node.name)
+        return await real(node, request, budget_s)
+
+    monkeypatch.setattr(bandwidth, "_measure", breaks_once)
+    cluster = probe(list(boxes.addresses.values())[:2], budget_s=0.1)
+    assert failed == {"a", "b"}
+    assert len(cluster.links) == 2
 
 
 def test_two_nodes_of_one_name() -> None:
