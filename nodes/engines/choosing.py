@@ -75,7 +75,7 @@ def compare_engines(
     best = min(seconds, key=lambda name: seconds[name])
     chosen = best if seconds[best] <= _MARGIN * seconds[own] else own
     figures = ", ".join(f"{name} {took * 1e3:.3g} ms" for name, took in sorted(seconds.items(), key=lambda item: item[1]))
-    return chosen, "; ".join([f"{chosen}: measured {figures}", *refused]), seconds
+    return chosen, "; ".join([f"{chosen}: measured {figures}", *refused, *shard.manifest.notes]), seconds
 
 
 def shapes_of(specs: Sequence[TensorSpec], symbols: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Self
 
 import ml_dtypes
@@ -68,17 +69,23 @@ class TorchGraphEngine:
     def _run(self, inputs: Mapping[str, np.ndarray], on_step: Callable[[Operator, float, Any], None] | None) -> dict[str, np.ndarray]:
         check_inputs(inputs, self._specs)
         values: list[Any] = []
-        # no_grad, and weights that say they are trainable, as in the original: torch chooses kernels by that, and in inference mode it
-        # would not see it.
-        with torch.no_grad():
+        with self._mode():
             for given in self._inputs:
                 array = inputs[given.name]
-                values.append(to_tensor(array) if given.kind == "tensor" else _NUMBERS[given.kind](array.item()))
+                values.append(self._laid_out(to_tensor(array)) if given.kind == "tensor" else _NUMBERS[given.kind](array.item()))
             results = self._program.run(values, on_step)
             return {name: to_array(value) for name, value in zip(self._outputs, results, strict=True)}
 
     def memory_bytes(self) -> int:
         return self._memory_bytes
+
+    def _laid_out(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def _mode(self) -> AbstractContextManager[None]:
+        """no_grad, and weights that say they are trainable, as in the original: torch chooses kernels by that, and in inference mode it
+        would not see it."""
+        return torch.no_grad()
 
 
 def to_tensor(array: np.ndarray) -> torch.Tensor:

@@ -15,7 +15,7 @@ from small_models import chain, split, stages_by
 import partitioner
 import splitnet
 from nodes.config import NodeConfig
-from nodes.engines import AUTO, able, load_engine
+from nodes.engines import AUTO, able, choosing, load_engine
 from nodes.engines.choosing import choose_engine, shapes_of
 from nodes.testing import LocalCluster
 from partitioner.cutting import write_stage
@@ -54,17 +54,19 @@ def shard(module: torch.nn.Module, folder: Path) -> Shard:
 def test_the_fastest_stays_and_it_is_said_why(tmp_path: Path) -> None:
     chosen = choose_engine(shard(Many(), tmp_path), {"batch": 2}, threads=1)
     assert chosen.engine.name == "onnx"
-    assert set(chosen.seconds) == {"torch-graph", "onnx"}
+    assert set(chosen.seconds) == {"torch-graph", "torch-fast", "onnx"}
     assert chosen.seconds["onnx"] < chosen.seconds["torch-graph"]
     assert chosen.why.startswith("onnx: measured onnx ")
     assert "torch-graph" in chosen.why
 
 
-def test_a_graph_without_a_counterpart_says_so_and_is_run_by_torch(tmp_path: Path) -> None:
+def test_a_graph_without_a_counterpart_says_so_and_is_run_by_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     odd = shard(Odd(), tmp_path)
-    assert able(odd) == ("torch-graph",)
+    assert able(odd) == ("torch-graph", "torch-fast")
     (note,) = odd.manifest.notes
     assert note.startswith("no graph for ONNX Runtime: operator aten.")
+    assert note in choose_engine(odd, {}, threads=1).why
+    monkeypatch.setattr(choosing, "able", lambda _: ("torch-graph",))
     chosen = choose_engine(odd, {}, threads=1)
     assert (chosen.engine.name, chosen.why) == ("torch-graph", f"torch-graph: the only one that can run this stage here ({note})")
     with pytest.raises(BadShard, match=r"stage 's' has no graph\.onnx, which engine 'onnx' runs: no graph for ONNX Runtime") as caught:
@@ -89,7 +91,7 @@ def test_symbolic_shapes_in_numbers() -> None:
 
 
 def test_a_node_refuses_an_engine_that_there_is_not() -> None:
-    with pytest.raises(BadInput, match="--engine 'abacus' is not one of reference, auto, torch, torch-graph, onnx"):
+    with pytest.raises(BadInput, match="--engine 'abacus' is not one of reference, auto, torch, torch-graph, torch-fast, onnx"):
         NodeConfig(name="a", engine="abacus")
 
 
