@@ -12,11 +12,12 @@ from typing import ClassVar
 
 import numpy as np
 
+from splitnet.codecs import outliers
 from splitnet.codecs.codes import blocks, pack_codes, packed_bytes, unpack_codes
 from splitnet.codecs.lossy import Lossy
 from splitnet.codecs.sections import SectionReader, SectionWriter
 
-__all__ = ["Clip2", "Clip3", "Clip4"]
+__all__ = ["Clip2", "Clip3", "Clip4", "Step4"]
 
 _STEP = struct.Struct("<Bf")
 
@@ -31,7 +32,9 @@ class _Coarse(Lossy):
     signed_step: ClassVar[float]
 
     def _pack(self, values: np.ndarray, writer: SectionWriter) -> None:
-        positive, step = self._step(values)
+        self._write(values, *self._step(values), writer)
+
+    def _write(self, values: np.ndarray, positive: bool, step: float, writer: SectionWriter) -> None:
         most, offset = self._range(positive)
         codes = np.empty(values.size, np.uint8)
         for block in blocks(values.size):
@@ -104,3 +107,37 @@ class Clip4(_Coarse):
     positive_step: ClassVar[float] = 0.4
     signed_step: ClassVar[float] = 0.5
     bound: ClassVar[str] = _BOUND.format(15, positive_step, 7, signed_step)
+
+
+class Step4(_Coarse):
+    """One step for the chunk and the entropy coder: what is sent is about as many bits as a number's place takes, four for a transformer's
+    hidden state. Nothing is clipped: what is beyond the largest code stands beside (`splitnet.codecs.outliers`)."""
+
+    name: ClassVar[str] = "step4"
+    bits: ClassVar[int] = 8
+    positive_step: ClassVar[float] = 0.24
+    signed_step: ClassVar[float] = 0.24
+    bound: ClassVar[str] = "0.121 r, r the root mean square of what is neither 0 nor an outlier; outliers 2**-8 * |x|"
+
+    def _write(self, values: np.ndarray, positive: bool, step: float, writer: SectionWriter) -> None:
+        super()._write(values, positive, step, writer)
+        outliers.write(values, self._beyond(values, positive, step), writer)
+
+    def _unpack(self, reader: SectionReader, values: np.ndarray) -> None:
+        super()._unpack(reader, values)
+        places, kept = outliers.read(reader, values.size)
+        values[places] = kept
+
+    def _bound(self, values: np.ndarray) -> np.ndarray:
+        positive, step = self._step(values)
+        bound = np.full(values.size, step * (0.5 + 2.0**-14))
+        places = self._beyond(values, positive, step)
+        bound[places] = np.abs(values[places].astype(np.float64)) * 2.0**-8
+        return bound
+
+    def _beyond(self, values: np.ndarray, positive: bool, step: float) -> np.ndarray:
+        most = np.float32(self._range(positive)[0] * step)
+        return np.flatnonzero(np.abs(values) > most) if max(values.max(), -values.min()) > most else np.empty(0, np.int64)
+
+    def _step(self, values: np.ndarray) -> tuple[bool, float]:
+        return bool(values.min() >= 0), float(np.float32(max(self.signed_step * outliers.spread(values), 2.0**-120)))

@@ -13,7 +13,7 @@ from typing import ClassVar
 import ml_dtypes
 import numpy as np
 
-from splitnet.codecs import planes
+from splitnet.codecs import outliers, planes
 from splitnet.codecs.codes import from_scales, pack_codes, packed_bytes, to_scales, unpack_codes
 from splitnet.codecs.lossy import Lossy
 from splitnet.codecs.sections import SectionReader, SectionWriter
@@ -24,7 +24,6 @@ _BLOCK = 128
 _ROWS = 256  # blocks at a time: they stay in the second-level cache
 _PRODUCT_ROWS = 16  # OpenBLAS keeps products of this size to one thread; with more, its threads spin and are in the engine's way
 _OUTLIER = 5.0
-_MOST_OUTLIERS = 1 / 25  # no more can be that far from zero
 
 
 def hadamard(size: int) -> np.ndarray:
@@ -46,11 +45,9 @@ class Hadamard4(Lossy):
     bound: ClassVar[str] = "for a block of 128 without its outliers: its 2-norm * 0.82, and usually a tenth of it; outliers 2**-8 * |x|"
 
     def _pack(self, values: np.ndarray, writer: SectionWriter) -> None:
-        outliers = _outliers(values)
-        writer.number(outliers.size)
-        writer.add(np.diff(outliers, prepend=0).astype("<u4"))
-        planes.pack(values[outliers].astype(ml_dtypes.bfloat16), writer)
-        blocks = _blocks_without(values, outliers)
+        places = _outliers(values)
+        outliers.write(values, places, writer)
+        blocks = _blocks_without(values, places)
         codes = np.empty(blocks.size, np.uint8)
         scales = np.empty(len(blocks), ml_dtypes.bfloat16)
         for first in range(0, len(blocks), _ROWS):
@@ -64,12 +61,7 @@ class Hadamard4(Lossy):
         writer.add(pack_codes(codes, 4), compress=self.entropy)
 
     def _unpack(self, reader: SectionReader, values: np.ndarray) -> None:
-        count = reader.number(int(values.size * _MOST_OUTLIERS))
-        outliers = np.cumsum(reader.take(4 * count).view("<u4"), dtype=np.int64)
-        if count and outliers[-1] >= values.size:
-            raise reader.wrong(f"an outlier at {outliers[-1]} of {values.size}")
-        kept = np.empty(count, ml_dtypes.bfloat16)
-        planes.unpack(reader, kept)
+        places, kept = outliers.read(reader, values.size)
         rows = -(-values.size // _BLOCK)
         scales = np.empty(rows, ml_dtypes.bfloat16)
         if self.entropy:
@@ -83,16 +75,16 @@ class Hadamard4(Lossy):
             turned *= steps[first : first + _ROWS, None]
             part = values[first * _BLOCK : (first + _ROWS) * _BLOCK]
             part[:] = _turned(turned).reshape(-1)[: part.size]
-        values[outliers] = kept
+        values[places] = kept
 
     def _bound(self, values: np.ndarray) -> np.ndarray:
-        outliers = _outliers(values)
-        blocks = _blocks_without(values, outliers)
+        places = _outliers(values)
+        blocks = _blocks_without(values, places)
         turned = blocks.astype(np.float64) @ _MATRIX.astype(np.float64)
         steps = np.maximum(np.abs(turned).max(axis=1) / 7 * (1 + 2.0**-7), 2.0**-126)
         norm = _BLOCK**0.5 * steps / 2 * (1 + 2.0**-10) + 2.0**-18 * np.linalg.norm(blocks.astype(np.float64), axis=1)
         bound = np.repeat(norm, _BLOCK)[: values.size]
-        bound[outliers] = 2.0**-8 * np.abs(values[outliers].astype(np.float64)) + 2.0**-134
+        bound[places] = 2.0**-8 * np.abs(values[places].astype(np.float64)) + 2.0**-134
         return bound
 
 
@@ -110,21 +102,14 @@ def _turned(blocks: np.ndarray) -> np.ndarray:
 
 
 def _outliers(values: np.ndarray) -> np.ndarray:
-    peak = float(max(values.max(), -values.min()))
-    if peak < 2.0**-60:
-        return np.empty(0, np.int64)
-    scaled = values * np.float32(1 / peak)
-    mean_square = float(np.einsum("i,i->", scaled, scaled, dtype=np.float64)) / values.size
-    limit = _OUTLIER * peak * mean_square**0.5
-    if peak <= limit:
-        return np.empty(0, np.int64)
-    return np.flatnonzero(np.abs(values) > np.float32(limit))
+    limit = np.float32(_OUTLIER * outliers.spread(values))
+    return np.flatnonzero(np.abs(values) > limit) if 0 < limit < max(values.max(), -values.min()) else np.empty(0, np.int64)
 
 
-def _blocks_without(values: np.ndarray, outliers: np.ndarray) -> np.ndarray:
+def _blocks_without(values: np.ndarray, places: np.ndarray) -> np.ndarray:
     """(blocks, 128): a copy with zeros where the outliers are, and after the last number."""
     blocks = np.zeros((-(-values.size // _BLOCK), _BLOCK), np.float32)
     flat = blocks.reshape(-1)
     flat[: values.size] = values
-    flat[outliers] = 0
+    flat[places] = 0
     return blocks

@@ -241,3 +241,13 @@ def test_from_several_threads_at_once(codec: Codec) -> None:
 def test_an_unknown_codec() -> None:
     with pytest.raises(BadInput, match="codec 'lzma' is not one of raw, zstd"):
         get_codec("lzma")
+
+
+@each_codec
+def test_numbers_of_many_magnitudes(codec: Codec) -> None:
+    """Each magnitude stands out from those below it, and is rarer: as many outliers as there can be."""
+    rng = np.random.default_rng(0)
+    levels = rng.choice(6, 20_000, p=[0.8, 0.04, 0.04, 0.04, 0.04, 0.04])
+    chunk = (rng.choice([-1, 1], 20_000) * 50.0**levels).astype(np.float32)
+    error = np.abs(decoded(codec, codec.encode(chunk), chunk).astype(np.float64) - chunk)
+    assert (error <= codec.error_bound(chunk)).all()
