@@ -70,6 +70,7 @@ class Admission:
 
     def _refuse(self, message: str, *, remedy: str) -> None:
         self._refused += 1
+        self.pace.press()
         raise Overloaded(message, remedy=remedy, retry_after_s=self.retry_after_s())
 
 

@@ -1,7 +1,7 @@
 """How fast a pipeline takes what its ingress sends: how many batches keep it busy, and how many requests may be ahead of a new one.
 
 Two figures are measured. `empty_s`: how long a batch takes through an empty pipeline. `interval_s`: how far apart batches come out while
-one waits behind the other, which is the slowest stage's (or link's) time. Their ratio is how many batches fill it (Little's law); more
+the pipeline is given as much as is ever given, which is the slowest stage's (or link's) time. Their ratio is how many batches fill it (Little's law); more
 only wait. This is how BBR looks at a network path (Cardwell et al., "BBR: congestion-based congestion control", 2016), with its way
 to see the first figure again under constant load: now and then the pipeline is let run empty for one batch.
 
@@ -21,10 +21,11 @@ _FIRST_DEPTH = 2.0  # until something has been measured, where the plan predicts
 _SURPLUS = 1.5  # times what fills the pipeline is sent: stages are not as even as clocks
 _TIMES = 2.25  # how much longer than alone a request may take on account of others, to the nearest request
 _SAMPLES = 5  # of `empty_s`; the median, because the first are cold
-_WEIGHT = 0.1  # of the newest interval
-_ENOUGH = 8  # intervals before they are believed
-_WAITED = 1.2  # times `empty_s`: a batch that took longer has waited behind another
-_FULL_SHARE = 0.1  # of an interval that the pipeline may not have been full
+_FLIGHTS = (
+    32  # of `interval_s`; the lower quartile, because pauses of whoever sends make some too long, and a jam that clears some too short
+)
+_ENOUGH = 8  # flights before they are believed
+_WEIGHT = 0.1  # of the newest batch's size in the running means
 _SOON, _LATER, _SHORTEST_S = 10, 300, 5.0  # how many times `empty_s` lie between two looks at an empty pipeline, at first and later
 
 
@@ -34,6 +35,9 @@ class Passage:
 
     entered_s: float
     alone: bool  #: the pipeline was empty
+    left: int  #: batches that had come out before it went in, the last of them at `left_s`
+    left_s: float
+    pressed: int
 
 
 class Pace:
@@ -48,12 +52,12 @@ class Pace:
         self._empty = deque[float](maxlen=_SAMPLES)
         self._looks = 0  # at an empty pipeline
         self._look_at_s = -math.inf  # from then on, the pipeline is to be let run empty
-        self._interval_s = 0.0
+        self._intervals = deque[float](maxlen=_FLIGHTS)  # between batches, each on average over one batch's flight
+        self._pressed = 0  # how often there was more to send than could be
+        self._left = 0  # batches that came out
+        self._left_s = -math.inf  # the last of them
         self._calls = 1.0  # requests per batch; less than one where a request is divided
         self._rows = 1.0  # per batch
-        self._intervals = 0
-        self._left_s: float | None = None  # when a batch last came out
-        self._full_s: float | None = None  # since when the pipeline has been full
 
     # --------------------------------------------------------------------------------------------------------- batches
 
@@ -65,35 +69,42 @@ class Pace:
     @property
     def depth(self) -> float | None:
         """How many batches fill the pipeline; None until that has been seen."""
-        if not self._empty or self._intervals < _ENOUGH:
+        if not self._empty or len(self._intervals) < _ENOUGH:
             return None
         return max(median_low(self._empty) / self._interval_s, 1.0)
 
+    @property
+    def _interval_s(self) -> float:
+        return sorted(self._intervals)[len(self._intervals) // 4]
+
     def has_room(self, now_s: float) -> bool:
         """Whether to send another batch now."""
-        if self.under_way and now_s >= self._look_at_s and self._intervals >= _ENOUGH:
+        if self.under_way and now_s >= self._look_at_s and len(self._intervals) >= _ENOUGH:
             return False  # it runs empty, for the next to see it so
-        return self.under_way < self.window
+        if self.under_way >= self.window:
+            self.press()
+            return False
+        return True
+
+    def press(self) -> None:
+        """There is more to send than is sent."""
+        self._pressed += 1
 
     def enter(self, now_s: float) -> Passage:
-        passage = Passage(now_s, alone=not self.under_way)
+        passage = Passage(now_s, not self.under_way, self._left, self._left_s, self._pressed)
         self.under_way += 1
         if passage.alone:
             self._look_at_s = math.inf  # this one looks
-        if self._full_s is None and self.under_way >= self.window:
-            self._full_s = now_s
         return passage
 
     def leave(self, passage: Passage, now_s: float, calls: float, rows: int, *, answered: bool) -> None:
         """`calls`: how many requests that was (a part of one: less than 1). Without an answer nothing is learnt of the speed."""
-        if answered and self._left_s is not None and self._at_work(passage, now_s, gap_s := now_s - self._left_s):
-            self._intervals += 1
-            weight = max(_WEIGHT, 1 / self._intervals)
-            self._interval_s += weight * (gap_s - self._interval_s)
-            self._calls += weight * (calls - self._calls)
-            self._rows += weight * (rows - self._rows)
         self.under_way -= 1
-        self._left_s, self._full_s = now_s, None
+        self._left, self._left_s = self._left + 1, now_s
+        if answered and not passage.alone and passage.pressed != self._pressed:
+            self._intervals.append((now_s - passage.left_s) / (self._left - passage.left))
+            self._calls += _WEIGHT * (calls - self._calls)
+            self._rows += _WEIGHT * (rows - self._rows)
         if passage.alone:
             if answered:
                 self._looks += 1
@@ -101,19 +112,12 @@ class Pace:
             empty_s = median_low(self._empty) if self._empty else 0.0
             self._look_at_s = now_s + (_SOON * empty_s if self._looks < _SAMPLES else max(_LATER * empty_s, _SHORTEST_S))
 
-    def _at_work(self, passage: Passage, now_s: float, gap_s: float) -> bool:
-        """Whether something in the pipeline was busy all of the time since the batch before came out: this one had to wait behind that one (it took
-        longer than through an empty pipeline), or as much was under way as is ever sent."""
-        assert self._left_s is not None
-        waited = bool(self._empty) and passage.entered_s < self._left_s and now_s - passage.entered_s > _WAITED * median_low(self._empty)
-        return waited or (self._full_s is not None and self._full_s - self._left_s <= _FULL_SHARE * gap_s)
-
     # -------------------------------------------------------------------------------------------------------- requests
 
     @property
     def call_s(self) -> float | None:
         """How far apart requests come out of a full pipeline; None until that has been seen."""
-        return None if self._intervals < _ENOUGH else self._interval_s / self._calls
+        return None if len(self._intervals) < _ENOUGH else self._interval_s / self._calls
 
     def allows(self, others: int) -> bool:
         """Whether a request may come in when `others` requests of other clients will be served before it: whether they make it wait so little

@@ -100,9 +100,8 @@ async def serve_node(name: str) -> None:
             plan = Plan.load(line.strip())
             (spec,) = (stage for stage in plan.stages if stage.node == name)
             stage = Stage(spec, Waiting(spec), "", {t.name: t for t in spec.inputs}, routes(plan, spec.name), 0)
-            server.serve_directly(
-                Deployment("serving", plan, plan.sha256, plan.node(name), {spec.name: stage}, Admission(plan.max_in_flight))
-            )
+            admission = Admission(plan.max_in_flight, joined=plan.batching.max_batch)
+            server.serve_directly(Deployment("serving", plan, plan.sha256, plan.node(name), {spec.name: stage}, admission))
             print("active", flush=True)
         await server.abandon()
 

@@ -30,7 +30,7 @@ class Asked:
 class Played:
     """`come` asks; `step` lets time pass."""
 
-    def __init__(self, *stage_s: float, limit: int = 16, uneven: float = 0.0) -> None:
+    def __init__(self, *stage_s: float, limit: int = 16, uneven: float = 0.0, late_s: float = 0.0) -> None:
         self.admission = Admission(limit)
         self.now_s = 0.0
         self.latencies: list[float] = []
@@ -43,6 +43,7 @@ class Played:
         self._numbers = itertools.count()
         self._random = random.Random(0)
         self._uneven = uneven
+        self._late_s = late_s  # that an answer may be held up on its way, one in five
 
     def come(self, client: str) -> bool:
         try:
@@ -61,6 +62,8 @@ class Played:
             at_s = self.now_s
             for i, seconds in enumerate(self._stage_s):
                 at_s = self._free_s[i] = max(at_s, self._free_s[i]) + seconds * (1 + self._random.uniform(-1, 1) * self._uneven)
+            if self._random.random() < 0.2:
+                at_s += self._random.uniform(0, self._late_s)
             heapq.heappush(self._out, (at_s, next(self._numbers), part.call, self.admission.pace.enter(self.now_s)))
 
     def step(self, until_s: float) -> str | None:
@@ -98,6 +101,15 @@ def test_twice_the_load_is_answered_at_full_speed_and_soon(stage_s: tuple[float,
     assert len(played.latencies) / 20.0 > 0.93 / max(stage_s)
     assert sorted(played.latencies)[int(0.99 * len(played.latencies))] < 3 * alone_s
     assert played.refused > 0.3 * len(played.latencies)
+
+
+def test_answers_that_are_held_up_do_not_make_it_believe_in_a_slow_pipeline() -> None:
+    """Fewer places would make for longer pauses, which would seem to be a slower pipeline yet."""
+    played = Played(0.01, 0.01, uneven=0.1, late_s=0.05)
+    played.flood(2.0, clients=64, times=2.0)
+    played.latencies.clear()
+    played.flood(20.0, clients=64, times=2.0)
+    assert len(played.latencies) / 20.0 > 0.85 / 0.01
 
 
 def test_a_client_alone_may_use_all_of_max_in_flight() -> None:
