@@ -71,9 +71,14 @@ def within(
     if choice.every.keys() == choice.safe.keys():
         return best(choice.safe, None)
     lossless: Plan | None = None
-    limit, tried = choice.budget, 0
-    while True:
-        plan = best(choice.every, limit)
+    limit, tried, loss = choice.budget, 0, 0.0
+    while tried < _ROUNDS:
+        try:
+            plan = best(choice.every, limit)
+        except NoPlan:
+            if not tried:
+                raise
+            break  # the links that must use a codec with loss cannot keep to so little
         if not lossy_links(plan):
             return plan
         if lossless is None and not forced:
@@ -98,13 +103,14 @@ def within(
             return _told(plan, max(loss, 0.0), f"{judged}; {choice.budget:.3g} allowed", note)
         tried += 1
         limit = min(limit or 0.0, predicted) * min(choice.budget / loss, 1.0 - 1e-6)
-        if tried >= _ROUNDS or predicted <= 0 or not limit > 0:
-            if lossless is None:
-                raise NoPlan(
-                    f"every plan that was tried loses more than {choice.budget:g}: the last one {loss:.3g}",
-                    remedy="allow more with --max-accuracy-loss, or other codecs on the links",
-                )
-            return lossless
+        if not limit > 0:
+            break
+    if lossless is None:
+        raise NoPlan(
+            f"every plan that was tried loses more than {choice.budget or 0.0:g}: the last one {loss:.3g}",
+            remedy="allow more with --max-accuracy-loss, or other codecs on the links",
+        )
+    return lossless
 
 
 def lossy_links(plan: Plan) -> list[tuple[str, str, str]]:

@@ -29,6 +29,7 @@ from splitnet.plan import CLIENT, Plan
 __all__ = ["CUTS", "OnProgress", "Task", "calibrate"]
 
 CUTS = 16  #: cuts that are measured unless told otherwise
+_BY_HISTORY = ("delta",)  # what it loses and takes depends on the frames before, and samples are no stream
 OnProgress = Callable[[int, int, str], None]
 
 
@@ -90,10 +91,10 @@ def calibrate(
     refresh: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Calibration:
-    """Measures the codecs (default: all that are registered) at so many cuts (see `partitioner.cut_points`), and before each operator or module in
+    """Measures the codecs (default: all but what depends on the frames before) at so many cuts (see `partitioner.cut_points`), and before each operator or module in
     `at`. What the `cache` knows is not measured again, unless `refresh`; the result holds all that is known. Raises BadInput."""
     structure, samples = task.model.structure, task.samples
-    names = tuple(codecs) if codecs else codec_names()
+    names = tuple(codecs) if codecs else tuple(name for name in codec_names() if name not in _BY_HISTORY)
     for name in names:
         get_codec(name)
     points = {point.tensors: point for point in (*chosen_cuts(structure, cuts), *cut_at(structure, at))}
