@@ -11,7 +11,10 @@ from safetensors.torch import save_file
 from partitioner.graph import ModelGraph, weight_spec
 from partitioner.layout import Layout, StageLayout, lay_out_again
 from partitioner.onnx_export import onnx_member
+from partitioner.onnx_model import OnnxModel
 from splitnet.errors import BadPlan
+from splitnet.onnx_format import to_bytes
+from splitnet.onnx_nouns import ONNX_MEMBER
 from splitnet.plan import Plan
 from splitnet.shard import Shard, write_shard
 
@@ -39,10 +42,8 @@ def cut(model: ModelGraph, plan: Plan, directory: str | Path) -> dict[str, Shard
 def write_stage(model: ModelGraph, stage: StageLayout, directory: Path, *, name: str, weights: Iterable[str] | None = None) -> Shard:
     """Writes one stage's shard. `weights`: only these, for a shard that is measured and never serves (default: all)."""
     directory.mkdir(parents=True, exist_ok=True)
-    document = model.document(stage)
-    members: dict[str, bytes | Path] = {"graph.json": document.to_bytes()}
-    onnx_graph, notes = onnx_member(document, model.structure.value)
-    members |= onnx_graph
+    engine, graphs, notes = _graphs(model, stage)
+    members: dict[str, bytes | Path] = {**graphs}
     if stored := _stored(model.weights, stage.params if weights is None else weights):
         file = directory / "weights.safetensors"
         save_file(stored, str(file))
@@ -52,7 +53,7 @@ def write_stage(model: ModelGraph, stage: StageLayout, directory: Path, *, name:
         model=model.name,
         model_sha256=model.sha256,
         stage=name,
-        engine="torch-graph",
+        engine=engine,
         inputs=stage.inputs,
         outputs=stage.outputs,
         members=members,
@@ -60,6 +61,15 @@ def write_stage(model: ModelGraph, stage: StageLayout, directory: Path, *, name:
         activation_bytes=stage.activation_bytes,
         notes=notes,
     )
+
+
+def _graphs(model: ModelGraph, stage: StageLayout) -> tuple[str, dict[str, bytes], tuple[str, ...]]:
+    """The shard's engine, the members that say what to compute, and notes for people."""
+    if isinstance(model, OnnxModel):
+        return "onnx", {ONNX_MEMBER: to_bytes(model.stage_graph(stage))}, ()
+    document = model.document(stage)
+    onnx_graph, notes = onnx_member(document, model.structure.value)
+    return "torch-graph", {"graph.json": document.to_bytes(), **onnx_graph}, notes
 
 
 def _stored(weights: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:

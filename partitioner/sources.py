@@ -1,4 +1,4 @@
-"""MODEL arguments: `hf:DIR_OR_REPO`, `py:package.module:factory`, `FILE.pt2`."""
+"""MODEL arguments: `hf:DIR_OR_REPO`, `py:package.module:factory`, `FILE.pt2`, `FILE.onnx`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["load_model"]
 
-_FORMS = "MODEL is hf:DIR_OR_REPO (config.json and safetensors), py:package.module:factory, or a .pt2 file"
+_FORMS = "MODEL is hf:DIR_OR_REPO (config.json and safetensors), py:package.module:factory, a .pt2 or a .onnx file"
 
 
 def load_model(spec: str) -> ModelGraph:
@@ -25,6 +25,7 @@ def load_model(spec: str) -> ModelGraph:
     py: the factory is imported (from the current directory too) and called; it returns the module and its example inputs.
     .pt2: a torch.export archive of your own, whose example inputs were saved with it. Loading one can run code that stands in it, so
     load only files that you trust; archives whose weights or constants are pickled are refused.
+    .onnx: a model that nodes run with ONNX Runtime only. Example inputs are made up; without a control flow, and in the standard domain.
 
     Raises BadModel where there is no such model, MissingExtra where `transformers` is not installed, CaptureError as `capture` does.
     """
@@ -36,6 +37,10 @@ def load_model(spec: str) -> ModelGraph:
         from partitioner.archive import load_archive
 
         return load_archive(Path(spec))
+    if spec.endswith(".onnx"):
+        from partitioner.onnx_model import load_onnx
+
+        return load_onnx(Path(spec), spec)
     raise BadModel(f"MODEL {spec!r} is not understood", remedy=_FORMS)
 
 
