@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from partitioner.weight_files import weights_member
 from splitnet.errors import BadShard
 from splitnet.graph import GraphDocument, Input, Operator, Ref, WeightSpec, parse
 from splitnet.plan import CLIENT, NodeRef, Plan, StageSpec, Transfer
@@ -27,7 +28,6 @@ def merge(plan: Plan, shards: Mapping[str, Shard], directory: Path) -> Shard:
     weights: dict[str, WeightSpec] = {}
     kinds: dict[str, str] = {}
     made: set[str] = set()
-    directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Any] = {}
     for index, stage in enumerate(plan.stages):
         shard = shards[stage.name]
@@ -50,10 +50,6 @@ def merge(plan: Plan, shards: Mapping[str, Shard], directory: Path) -> Shard:
         operators=tuple(operators),
         outputs=tuple(dict.fromkeys(output.value for output in plan.outputs)),
     )
-    members: dict[str, bytes | Path] = {"graph.json": whole.to_bytes()}
-    if tensors:
-        members["weights.safetensors"] = directory / "weights.safetensors"
-        save_file(tensors, str(directory / "weights.safetensors"))
     stage = _stage(plan, "")
     return write_shard(
         directory,
@@ -63,7 +59,7 @@ def merge(plan: Plan, shards: Mapping[str, Shard], directory: Path) -> Shard:
         engine="torch-graph",
         inputs=stage.inputs,
         outputs=stage.outputs,
-        members=members,
+        members={"graph.json": whole.to_bytes(), **weights_member(directory, tensors)},
         param_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         activation_bytes=max(s.activation_bytes for s in plan.stages),
     )

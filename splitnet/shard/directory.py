@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,7 @@ __all__ = ["MANIFEST", "Shard", "check_member", "check_param_bytes", "hash_file"
 
 MANIFEST = "manifest.json"
 _CHUNK_BYTES = 1 << 20
+_PART = ".part"  # a member that is being written
 _TAMPERED = "the shard was changed or damaged after it was cut: cut the model again, or copy the shard again"
 
 
@@ -74,16 +75,13 @@ def write_shard(
     notes: Sequence[str] = (),
 ) -> Shard:
     """Writes the members and, last, the manifest. A member given as a path is copied (or left, where it already stands at its
-    place). A shard that was in the directory is replaced. Raises BadShard for content that `open_shard` would refuse, and leaves
-    no manifest behind then."""
+    place). A shard that was in the directory is replaced, whatever its engine. Raises BadShard for content that `open_shard` would
+    refuse, and leaves no manifest behind then; a directory that holds something else besides is not touched."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / MANIFEST).unlink(missing_ok=True)
     if engine not in ENGINE_FORMATS:
         fault(str(directory), f"engine format {engine!r} is not known; this splitnet writes {', '.join(ENGINE_FORMATS)}")
-    for stale in directory.iterdir():
-        if ENGINE_FORMATS[engine].allows(stale.name) and stale.name not in members:
-            stale.unlink()
+    _clear(directory, members)
     written = {}
     for name, content in members.items():
         check_member_name(name, engine, str(directory))
@@ -174,6 +172,22 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _clear(directory: Path, keep: Container[str]) -> None:
+    """Takes away what an earlier cut left: other members, of whichever engine, and what was broken off half way."""
+    found = sorted(entry.name for entry in directory.iterdir())
+    for name in found:
+        member = name.removesuffix(_PART)
+        if member != MANIFEST and not any(form.allows(member) for form in ENGINE_FORMATS.values()):
+            fault(
+                str(directory),
+                f"{name!r} is in the folder that the shard is to be written to, and is not part of a shard",
+                "remove it, or cut into another folder",
+            )
+    for name in found:
+        if name not in keep:
+            (directory / name).unlink()
+
+
 def _check_graph(data: bytes, place: str) -> None:
     try:
         parse(data)
@@ -190,7 +204,7 @@ def _check_entries(directory: Path, manifest: Manifest) -> None:
         if looks_pickled_name(entry.name):
             check_member_name(entry.name, manifest.engine, str(directory))
         if entry.name not in manifest.members:
-            fault(str(directory), f"unknown member {entry.name!r}: the manifest does not list it", "remove it, or cut the model again")
+            fault(str(directory), f"unknown member {entry.name!r}: the manifest does not list it", "remove it")
     for name in manifest.members:
         if not os.path.lexists(directory / name):
             fault(str(directory), f"member {name!r} is missing", _TAMPERED)
@@ -239,7 +253,7 @@ def _write_member(target: Path, content: bytes | Path) -> Member:
 
 def _copy(source: Path, target: Path) -> Member:
     digest, size = hashlib.sha256(), 0
-    temporary = target.with_name(target.name + ".part")
+    temporary = target.with_name(target.name + _PART)
     with source.open("rb") as reader, temporary.open("wb") as writer:
         while chunk := reader.read(_CHUNK_BYTES):
             writer.write(chunk)
@@ -250,6 +264,6 @@ def _copy(source: Path, target: Path) -> Member:
 
 
 def _replace(target: Path, content: bytes) -> None:
-    temporary = target.with_name(target.name + ".part")
+    temporary = target.with_name(target.name + _PART)
     temporary.write_bytes(content)
     temporary.replace(target)

@@ -11,6 +11,8 @@ from safetensors.numpy import save, save_file
 
 from splitnet.errors import AlreadyExists, BadInput, BadShard
 from splitnet.graph import GraphDocument, Input, Operator, Ref
+from splitnet.onnx_format import to_bytes
+from splitnet.onnx_nouns import OnnxGraph, OnnxNode, OnnxValue
 from splitnet.shard import MANIFEST, Manifest, Shard, ShardLimits, open_shard, pack, read_header, unpack
 
 
@@ -40,6 +42,29 @@ def test_a_shard_is_replaced_by_the_next_one_in_its_place(make_shard: Callable[.
     assert not (second.path / "weights.safetensors").exists()
     assert open_shard(second.path).sha256 == second.sha256
     assert [path.name for path in second.weights] == sorted(numbered)
+
+
+def test_what_an_earlier_cut_left_goes(make_shard: Callable[..., Shard], tmp_path: Path) -> None:
+    """Of another engine's format, and of a cut that was broken off: `deploy` would refuse the shard for them."""
+    folder = tmp_path / "shard"
+    folder.mkdir()
+    for stale in ("graph.onnx", "graph.json.part", "weights.safetensors.part", "weights-00001-of-00002.safetensors", "manifest.json"):
+        (folder / stale).write_bytes(b"stale")
+    assert {p.name for p in make_shard().path.iterdir()} == {"graph.json", "weights.safetensors", MANIFEST}
+    x, y = OnnxValue("x", "float32", ("batch", 4)), OnnxValue("y", "float32", ("batch", 4))
+    relu = OnnxGraph((x,), (y,), (), {}, (OnnxNode("Relu", ("x",), ("y",)),))
+    onnx = make_shard(engine="onnx", members={"graph.onnx": to_bytes(relu)}, param_bytes=0)
+    assert {p.name for p in onnx.path.iterdir()} == {"graph.onnx", MANIFEST}
+    assert open_shard(onnx.path) == onnx
+
+
+def test_what_no_cut_wrote_is_left_alone_and_told(make_shard: Callable[..., Shard], tmp_path: Path) -> None:
+    (tmp_path / "shard").mkdir()
+    (tmp_path / "shard" / "notes.txt").write_text("mine")
+    with pytest.raises(BadShard, match=r"'notes.txt'.*is not part of a shard") as caught:
+        make_shard()
+    assert "another folder" in caught.value.remedy
+    assert [p.name for p in (tmp_path / "shard").iterdir()] == ["notes.txt"]
 
 
 def test_weights_may_already_stand_at_their_place(make_shard: Callable[..., Shard], tmp_path: Path) -> None:
