@@ -9,35 +9,72 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from partitioner.onnx_export.joining import join
 from partitioner.weight_files import weights_member
 from splitnet.errors import BadShard
 from splitnet.graph import GraphDocument, Input, Operator, Ref, WeightSpec, parse
+from splitnet.onnx_format import from_bytes, to_bytes
+from splitnet.onnx_nouns import ONNX_MEMBER
 from splitnet.plan import CLIENT, NodeRef, Plan, StageSpec, Transfer
 from splitnet.shard import Shard, write_shard
 
 __all__ = ["merge", "on_one_node"]
 
 _STAGE = "whole"
+_MOST_NOTES = 16  # that a manifest holds
 
 
 def merge(plan: Plan, shards: Mapping[str, Shard], directory: Path) -> Shard:
-    """One shard that computes what the plan's stages compute together, bit for bit. What several stages compute again is computed once.
+    """One shard that computes what the plan's stages compute together, for each engine that all of them have a graph for; with the engine that they were cut
+    for, bit for bit.
 
-    Raises BadShard for a shard of an engine whose graph cannot be read here."""
+    Raises BadShard for shards that were cut for several engines."""
+    engines = sorted({shards[stage.name].manifest.engine for stage in plan.stages})
+    if len(engines) > 1:
+        raise BadShard(
+            f"the shards were cut for different engines ({', '.join(engines)}): their graphs cannot be joined", remedy="cut the model again"
+        )
+    members, tensors = _joined_documents(plan, shards) if engines == ["torch-graph"] else ({}, _tensors(plan, shards))
+    stage = _stage(plan, "")
+    graphs = [shards[s.name].files.get(ONNX_MEMBER) for s in plan.stages]
+    found = [path for path in graphs if path is not None]
+    if len(found) == len(graphs):
+        joined = join([from_bytes(path.read_bytes(), place=str(path)) for path in found], stage.inputs, stage.outputs)
+        members[ONNX_MEMBER] = to_bytes(joined)
+    notes = dict.fromkeys(note for s in plan.stages for note in shards[s.name].manifest.notes)
+    return write_shard(
+        directory,
+        model=plan.model,
+        model_sha256=plan.model_sha256,
+        stage=_STAGE,
+        engine=engines[0],
+        inputs=stage.inputs,
+        outputs=stage.outputs,
+        members={**members, **weights_member(directory, tensors)},
+        param_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        activation_bytes=max(s.activation_bytes for s in plan.stages),
+        notes=tuple(notes)[:_MOST_NOTES],
+    )
+
+
+def _tensors(plan: Plan, shards: Mapping[str, Shard]) -> dict[str, Any]:
+    tensors: dict[str, Any] = {}
+    for stage in plan.stages:
+        for path in shards[stage.name].weights:
+            tensors |= load_file(str(path))
+    return tensors
+
+
+def _joined_documents(plan: Plan, shards: Mapping[str, Shard]) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """The graph document of the whole, and its weights. What several stages compute again is computed once."""
     operators: list[Operator] = []
     weights: dict[str, WeightSpec] = {}
     kinds: dict[str, str] = {}
     made: set[str] = set()
-    tensors: dict[str, Any] = {}
     for index, stage in enumerate(plan.stages):
-        shard = shards[stage.name]
-        if shard.manifest.engine != "torch-graph":
-            raise BadShard(f"stage {stage.name!r} is for engine {shard.manifest.engine!r}: its graph cannot be joined with others")
-        document = parse(shard.member("graph.json").read_bytes())
+        document = parse(shards[stage.name].member("graph.json").read_bytes())
         kinds |= {given.name: given.kind for given in document.inputs}
         weights |= document.weights
-        for path in shard.weights:
-            tensors |= load_file(str(path))
         shared = {name for op in document.operators for name in op.results if not name.startswith("size:")}
         for op in document.operators:
             renamed = _own_sizes(op, index, shared)
@@ -50,19 +87,7 @@ def merge(plan: Plan, shards: Mapping[str, Shard], directory: Path) -> Shard:
         operators=tuple(operators),
         outputs=tuple(dict.fromkeys(output.value for output in plan.outputs)),
     )
-    stage = _stage(plan, "")
-    return write_shard(
-        directory,
-        model=plan.model,
-        model_sha256=plan.model_sha256,
-        stage=_STAGE,
-        engine="torch-graph",
-        inputs=stage.inputs,
-        outputs=stage.outputs,
-        members={"graph.json": whole.to_bytes(), **weights_member(directory, tensors)},
-        param_bytes=sum(tensor.nbytes for tensor in tensors.values()),
-        activation_bytes=max(s.activation_bytes for s in plan.stages),
-    )
+    return {"graph.json": whole.to_bytes()}, _tensors(plan, shards)
 
 
 def on_one_node(plan: Plan, node: NodeRef) -> Plan:

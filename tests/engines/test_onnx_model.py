@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from small_models import split, stages_by
+from small_models import chain, diamond, split, stages_by
 
 import partitioner
 import splitnet
@@ -18,6 +18,7 @@ from nodes.engines import load_engine
 from nodes.testing import LocalCluster
 from partitioner.cutting import cut, write_stage
 from partitioner.layout import lay_out
+from partitioner.merging import merge
 from partitioner.profiling import HERE
 from splitnet.errors import BadModel, BadShard
 from splitnet.install import deploy
@@ -131,3 +132,19 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("hello, this is no model")
     with pytest.raises(BadModel, match="not an ONNX model"):
         partitioner.load_model(str(tmp_path / "text.onnx"))
+
+
+@pytest.mark.parametrize("kind", ["chain", "diamond", "file"])
+def test_stages_joined_again_are_the_whole_model(kind: str, file: Path, tmp_path: Path) -> None:
+    whole_model = {"chain": chain, "diamond": diamond, "file": lambda: partitioner.load_model(str(file))}[kind]()
+    names = [v.name for v in whole_model.structure.vertices if v.op != "input"]
+    with LocalCluster(3) as cluster:
+        thirds = stages_by(a=" ".join(names[: len(names) // 3]), b=" ".join(names[len(names) // 3 : 2 * len(names) // 3]), c="*")
+        made = split(whole_model, cluster.cluster(), tmp_path / "parts", thirds)
+    joined = merge(made.plan, made.shards, tmp_path / "whole")
+    engine = load_engine(joined, threads=1, engine="onnx")
+    given = made.inputs(3)
+    answer = engine.run(given)
+    wanted = made.model.run({name: torch.from_numpy(array) for name, array in given.items()})
+    for output in made.plan.outputs:
+        np.testing.assert_allclose(answer[output.value], wanted[output.spec.name].numpy(), rtol=1e-5, atol=1e-6)
