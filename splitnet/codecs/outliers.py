@@ -49,8 +49,10 @@ def spread(values: np.ndarray) -> float:
                 scaled[np.abs(scaled) > 1] = 0
             squares += float(np.einsum("i,i->", scaled, scaled))
             count += int(np.count_nonzero(scaled))
-        found = far * (squares / max(count, 1)) ** 0.5
-        if far <= _FAR * found * (1 + 2.0**-20) or not count:
+        if not squares:  # what is left is more than nineteen orders of magnitude below
+            break
+        found = far * (squares / count) ** 0.5
+        if far <= _FAR * found * (1 + 2.0**-20) or found < 2.0**-60:
             break
         far = _FAR * found
     return found

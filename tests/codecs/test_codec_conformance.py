@@ -251,3 +251,12 @@ def test_numbers_of_many_magnitudes(codec: Codec) -> None:
     chunk = (rng.choice([-1, 1], 20_000) * 50.0**levels).astype(np.float32)
     error = np.abs(decoded(codec, codec.encode(chunk), chunk).astype(np.float64) - chunk)
     assert (error <= codec.error_bound(chunk)).all()
+
+
+@each_codec
+@pytest.mark.parametrize("small", [1e-3, 1e-12, 1e-25, 1e-30, 1e-38, 1e-44])
+def test_one_number_far_above_all_others(codec: Codec, small: float) -> None:
+    chunk = np.full(1000, small, np.float32)
+    chunk[[3, 700]] = 1e20, -1e30
+    error = np.abs(decoded(codec, codec.encode(chunk), chunk).astype(np.float64) - chunk)
+    assert (error <= codec.error_bound(chunk)).all()
