@@ -25,7 +25,7 @@ __all__ = ["node"]
     default="reference",
     show_default=True,
     metavar="NAME",
-    help="Which engine runs the shards: reference (the one that the shard names: the model's own bits), auto (the fastest here, by measurement), torch, or onnx.",
+    help="Which engine runs the shards: reference (the one that the shard names: the model's own bits), auto (the fastest here, by measurement), torch, torch-fast, or onnx. See docs/engines.md.",
 )
 @click.option("--max-tensor", default="1GiB", show_default=True, metavar="SIZE", help="The largest tensor that is taken.")
 @click.option("--buffer", default="2GiB", show_default=True, metavar="SIZE", help="Tensors of all requests held here at one time.")

@@ -91,7 +91,7 @@ def profile(
 ) -> None:  # fmt: skip
     """Measure the operators of MODEL on this machine, and on the nodes of a cluster.
 
-    MODEL is hf:DIR_OR_REPO, py:package.module:factory, or a .pt2 file. A node runs the model with its own engine and threads, on random
+    MODEL is hf:DIR_OR_REPO, py:package.module:factory, a .pt2 or a .onnx file. A node runs the model with its own engine and threads, on random
     weights (shipping them would take longer than measuring); a node with too little memory runs it in pieces. Equal nodes are measured
     once, and figures are kept for the next time in ~/.cache/splitnet/profiles ($XDG_CACHE_HOME).
 
@@ -137,7 +137,7 @@ def plan(
 ) -> None:  # fmt: skip
     """Choose where to cut MODEL for a cluster, and cut it.
 
-    MODEL is hf:DIR_OR_REPO, py:package.module:factory, or a .pt2 file. Measures the model's operators on the nodes unless a profile is
+    MODEL is hf:DIR_OR_REPO, py:package.module:factory, a .pt2 or a .onnx file. Measures the model's operators on the nodes unless a profile is
     given. Writes the plan, and a folder with one shard per stage beside it: plan.json and plan.shards/.
 
     \b

@@ -11,6 +11,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from nodes.engines.base import check_inputs
+from nodes.memory import give_back
 from splitnet.errors import BadShard, EngineFailure
 from splitnet.onnx_format import Place, from_bytes, to_bytes
 from splitnet.onnx_nouns import ONNX_MEMBER, WEIGHT, OnnxGraph, OnnxValue
@@ -65,6 +66,7 @@ class OnnxEngine:
                 f"{path}: ONNX Runtime {ort.__version__} does not take it: {_first_line(error)}",
                 remedy="update onnxruntime on this node, or start the node with --engine torch",
             ) from None
+        give_back()  # loading leaves behind as much as the weights take, and more: copies that were packed otherwise
         given = {spec.name: spec for spec in shard.manifest.inputs}
         used = {value.name for value in session.get_inputs()}
         ordered = tuple(given[value.name] for value in graph.inputs if value.name in used)

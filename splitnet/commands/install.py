@@ -177,17 +177,24 @@ def _progress() -> Iterator[Callable[[Progress], None] | None]:
 
 def _show(nodes: Sequence[NodeStatus]) -> None:
     rows: list[Sequence[str]] = [
-        ("node", "address", "device", "memory", "deployment", "stage", "requests", "failed", "in flight", "link to", "sent")
+        ("node", "address", "device", "memory", "deployment", "stage", "engine", "requests", "failed", "in flight", "link to", "sent")
     ]
     for node in nodes:
         if node.error:
-            rows.append((node.name, node.address, "-", "-", "does not answer", *[""] * 6))
+            rows.append((node.name, node.address, "-", "-", "does not answer", *[""] * 7))
             continue
         limit = f" of {_size(node.memory_limit_bytes)}" if node.memory_limit_bytes else ""
         notes = (" draining" if node.draining else "") + (" INSECURE" if node.insecure else "")
         left = [node.name + notes, node.address, node.device, _size(node.memory_used_bytes) + limit]
         work = [
-            (deployment.name + ("*" if deployment.ingress else ""), s.name, str(s.requests), str(s.failures), _in_flight(deployment))
+            (
+                deployment.name + ("*" if deployment.ingress else ""),
+                s.name,
+                s.engine,
+                str(s.requests),
+                str(s.failures),
+                _in_flight(deployment),
+            )
             for deployment in node.deployments
             for s in deployment.stages
         ]
@@ -195,7 +202,7 @@ def _show(nodes: Sequence[NodeStatus]) -> None:
         for i in range(max(1, len(work), len(links))):
             row = (
                 *(left if i == 0 else [""] * 4),
-                *(work[i] if i < len(work) else ("",) * 5),
+                *(work[i] if i < len(work) else ("",) * 6),
                 *(links[i] if i < len(links) else ("",) * 2),
             )
             rows.append(row)
