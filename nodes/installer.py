@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from nodes.admission import Admission
 from nodes.compute import ComputeThread
@@ -17,7 +17,17 @@ from nodes.ledger import Ledger
 from nodes.link import Links
 from nodes.memory import give_back
 from nodes.store import BlobStore
-from splitnet.errors import AlreadyExists, BadPlan, BadShard, Cancelled, InsufficientMemory, NodeUnavailable, NotFound, SplitnetError
+from splitnet.errors import (
+    AlreadyExists,
+    BadInput,
+    BadPlan,
+    BadShard,
+    Cancelled,
+    InsufficientMemory,
+    NodeUnavailable,
+    NotFound,
+    SplitnetError,
+)
 from splitnet.plan import NodeRef, Plan, StageSpec
 from splitnet.shard import Shard
 from splitnet.stage_memory import stage_memory_bytes
@@ -25,6 +35,7 @@ from splitnet.tensors import TensorSpec
 
 __all__ = ["Installer"]
 
+_MOST_RELEASED = 65536  # blobs in one call
 _VALUE_SHARE = 4  # what a stage may make for itself may be that much larger than what it may receive
 
 
@@ -80,10 +91,19 @@ class Installer:
             await self._compute.call(lambda: deployment.forget_engines())
             await asyncio.to_thread(give_back)
             if delete_blobs:
-                in_use = {stage.shard for d in self._ledger.deployments.values() for stage in d.stages.values()}
-                await asyncio.to_thread(self._store.delete_unused, in_use)
+                await asyncio.to_thread(self._store.delete_unused, self._in_use())
         self._log.info("unloaded", deployment=name, cancelled=cancelled)
         return cancelled
+
+    async def release(self, blobs: Sequence[str]) -> int:
+        """Removes those of the blobs that nothing uses; returns the bytes that became free. Raises BadInput for what is no blob's name."""
+        if len(blobs) > _MOST_RELEASED:
+            raise BadInput(f"expected at most {_MOST_RELEASED} blobs, got {len(blobs)}")
+        async with self._lock:
+            return await asyncio.to_thread(self._store.delete, blobs, self._in_use())
+
+    def _in_use(self) -> set[str]:
+        return {stage.shard for d in self._ledger.deployments.values() for stage in d.stages.values()}
 
     def _check_same(self, active: Deployment, plan: Plan, own: NodeRef, shards: Mapping[str, str]) -> None:
         same = active.plan_sha256 == plan.sha256 and active.node == own and {s.spec.name: s.shard for s in active.stages.values()} == shards

@@ -10,7 +10,7 @@ import asyncio
 import functools
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,7 @@ class OperatorTimer:
 
         Takes about `budget_s`, but at least five rounds of each piece (`sustained`: one burst). Raises Overloaded while another such measurement runs, NotFound
         for what was not sent by Load (or an engine that has no clock), InsufficientMemory where a piece does not fit beside what the
-        node serves, BadShard, EngineFailure. Nothing is left behind but the blobs."""
+        node serves, BadShard, EngineFailure. Nothing is left behind but the blobs, which Release removes."""
         names, inputs = list(request.shards), request.inputs
         if not 0 < len(names) <= _MOST_PIECES:
             raise BadInput(f"operators: expected 1 to {_MOST_PIECES} shards, got {len(names)}")
@@ -66,13 +66,17 @@ class OperatorTimer:
             raise Overloaded("another model is being measured here", remedy="wait until it is done", retry_after_s=1.0)
         self._busy = True
         try:
-            shards = [await asyncio.to_thread(self._store.shard, name) for name in names]
-            path = await asyncio.to_thread(self._store.path, inputs)
-            await asyncio.to_thread(check_member, path, "inputs.safetensors", place=f"blob {inputs[:12]}")
-            values: _Arrays = await self._compute.call(functools.partial(_read, path))
-            return [await self._piece(shard, values, budget_s / len(shards), request.sustained) for shard in shards]
+            with self._store.holding([*names, inputs]):
+                return await self._measured(names, inputs, budget_s, request.sustained)
         finally:
             self._busy = False
+
+    async def _measured(self, names: Sequence[str], inputs: str, budget_s: float, sustained: bool) -> list[pb.OperatorsReply]:
+        shards = [await asyncio.to_thread(self._store.shard, name) for name in names]
+        path = await asyncio.to_thread(self._store.path, inputs)
+        await asyncio.to_thread(check_member, path, "inputs.safetensors", place=f"blob {inputs[:12]}")
+        values: _Arrays = await self._compute.call(functools.partial(_read, path))
+        return [await self._piece(shard, values, budget_s / len(shards), sustained) for shard in shards]
 
     async def _piece(self, shard: Shard, values: _Arrays, budget_s: float, sustained: bool) -> pb.OperatorsReply:
         self._check_memory(shard, sum(array.nbytes for array in values.values()))

@@ -93,10 +93,14 @@ class Servicer(NodeServicer):
         write = _writer(context)
         token = self._ledger.sender_opened(sender)
         self._streams.add(context)
+        receipts = 0
         try:
-            await write(Message(pb.Frame()))
+            await write(Message(pb.Frame(received=pb.Received())))
             async for message in _frames(context):
                 frame = message.frame
+                if frame.acknowledge:
+                    receipts += 1
+                    await write(Message(pb.Frame(received=pb.Received(frames=receipts))))
                 key = RequestKey(frame.deployment, frame.ingress, frame.request)
                 try:
                     await self._take(key, message)
@@ -168,6 +172,12 @@ class Servicer(NodeServicer):
         async def act() -> pb.UnloadReply:
             drain_s = min(max(request.drain_s, 0.0), self._ledger.config.request_s)
             return pb.UnloadReply(cancelled=await self._installer.unload(request.deployment, drain_s, request.delete_blobs))
+
+        return await self._guarded(context, act)
+
+    async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseReply:
+        async def act() -> pb.ReleaseReply:
+            return pb.ReleaseReply(freed_bytes=await self._installer.release(request.blobs))
 
         return await self._guarded(context, act)
 

@@ -10,9 +10,11 @@ processes may share a directory. What an earlier process left on disk is hashed 
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
-from collections.abc import Iterator, Set
+from collections import Counter
+from collections.abc import Collection, Iterator, Set
 from pathlib import Path
 
 from nodes.blob import BlobWriter, check_sha256, lock_file, translated, write_private
@@ -37,7 +39,8 @@ class BlobStore:
         self.limits = limits
         self._verified: dict[str, _Signature] = {}
         self._shards: dict[str, Shard] = {}
-        self._lock = threading.Lock()  # guards the two records above; never held while hashing
+        self._held: Counter[str] = Counter()
+        self._lock = threading.Lock()  # guards the three records above; never held while hashing
         with translated(f"the data directory {str(self.directory)!r}"):
             for part in ("", "blobs", "parts", "packed"):
                 (self.directory / part).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -156,29 +159,35 @@ class BlobStore:
             return None
         return manifest
 
+    @contextlib.contextmanager
+    def holding(self, names: Collection[str]) -> Iterator[None]:
+        """Nothing removes these blobs, nor the members of those that are manifests, until the block is left. Raises BadInput for what is no
+        name of a blob."""
+        for sha256 in names:
+            check_sha256(sha256)
+        with self._lock:
+            self._held.update(names)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held.subtract(names)
+                self._held = +self._held
+
+    def delete(self, names: Collection[str], in_use: Set[str]) -> int:
+        """Removes these blobs, and what has arrived of them, but for what is in use as `delete_unused` has it, or is held. Returns the bytes
+        that became free."""
+        for sha256 in names:
+            check_sha256(sha256)
+        keep = self._kept(in_use)
+        return sum(self._drop_blob(name) + self._drop_part(self._part(name)) for name in set(names) - keep)
+
     def delete_unused(self, in_use: Set[str]) -> int:
-        """Removes every blob but those in use: a shard (by its manifest's sha256) keeps its members. Uploads that broke off go too, those that
-        run stay. Returns the bytes that became free. What is being activated must stand in `in_use` already."""
-        keep = set(in_use)
-        for sha256 in in_use:
-            try:
-                manifest = Manifest.from_bytes(self._blob(sha256).read_bytes(), limits=self.limits)
-            except (FileNotFoundError, BadShard):
-                continue  # a member, or gone
-            keep.update(member.sha256 for member in manifest.members.values())
-        freed = 0
-        for path in (self.directory / "blobs").iterdir():
-            if path.name not in keep:
-                freed += path.stat().st_size
-                self._remove(path.name)
-        for path in (self.directory / "parts").iterdir():
-            try:
-                with path.open("rb") as part:
-                    if lock_file(part.fileno()):
-                        freed += path.stat().st_size
-                        path.unlink()
-            except FileNotFoundError:
-                continue  # committed meanwhile
+        """Removes every blob but those held and in use: a shard (by its manifest's sha256) keeps its members. Uploads that broke off go too,
+        those that run stay. Returns the bytes that became free. What is being activated must stand in `in_use` already."""
+        keep = self._kept(in_use)
+        freed = sum(self._drop_blob(path.name) for path in (self.directory / "blobs").iterdir() if path.name not in keep)
+        freed += sum(self._drop_part(path) for path in (self.directory / "parts").iterdir())
         for path in (self.directory / "packed").iterdir():
             if path.read_text() not in keep:
                 path.unlink(missing_ok=True)
@@ -256,6 +265,39 @@ class BlobStore:
             self._shards.pop(sha256, None)
         with translated(f"blob {sha256[:12]}"):
             self._blob(sha256).unlink(missing_ok=True)
+
+    def _kept(self, in_use: Set[str]) -> set[str]:
+        with self._lock:
+            keep = {*in_use, *self._held}
+        for sha256 in tuple(keep):
+            try:
+                if self._blob(sha256).stat().st_size > self.limits.manifest_bytes:
+                    continue
+                manifest = Manifest.from_bytes(self._blob(sha256).read_bytes(), limits=self.limits)
+            except (FileNotFoundError, BadShard):
+                continue  # a member, or gone
+            keep.update(member.sha256 for member in manifest.members.values())
+        return keep
+
+    def _drop_blob(self, sha256: str) -> int:
+        try:
+            size = self._blob(sha256).stat().st_size
+        except FileNotFoundError:
+            return 0
+        self._remove(sha256)
+        return size
+
+    def _drop_part(self, path: Path) -> int:
+        """Unless its upload runs."""
+        try:
+            with path.open("rb") as part:
+                if not lock_file(part.fileno()):
+                    return 0
+                size = path.stat().st_size
+                path.unlink()
+                return size
+        except FileNotFoundError:
+            return 0  # committed meanwhile
 
     def _store(self, sha256: str, size_bytes: int, chunks: Iterator[bytes]) -> None:
         with self.writer(sha256, size_bytes) as writer:

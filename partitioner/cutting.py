@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from partitioner.graph import ModelGraph, weight_spec
 from partitioner.layout import Layout, StageLayout, lay_out_again
 from partitioner.onnx_export import onnx_member
 from partitioner.onnx_model import OnnxModel
+from partitioner.weight_files import weights_member
 from splitnet.errors import BadPlan
 from splitnet.onnx_format import to_bytes
 from splitnet.onnx_nouns import ONNX_MEMBER
@@ -41,13 +41,8 @@ def cut(model: ModelGraph, plan: Plan, directory: str | Path) -> dict[str, Shard
 
 def write_stage(model: ModelGraph, stage: StageLayout, directory: Path, *, name: str, weights: Iterable[str] | None = None) -> Shard:
     """Writes one stage's shard. `weights`: only these, for a shard that is measured and never serves (default: all)."""
-    directory.mkdir(parents=True, exist_ok=True)
     engine, graphs, notes = _graphs(model, stage)
-    members: dict[str, bytes | Path] = {**graphs}
-    if stored := _stored(model.weights, stage.params if weights is None else weights):
-        file = directory / "weights.safetensors"
-        save_file(stored, str(file))
-        members["weights.safetensors"] = file
+    stored = _stored(model.weights, stage.params if weights is None else weights)
     return write_shard(
         directory,
         model=model.name,
@@ -56,7 +51,7 @@ def write_stage(model: ModelGraph, stage: StageLayout, directory: Path, *, name:
         engine=engine,
         inputs=stage.inputs,
         outputs=stage.outputs,
-        members=members,
+        members={**graphs, **weights_member(directory, stored)},
         param_bytes=stage.param_bytes,
         activation_bytes=stage.activation_bytes,
         notes=notes,

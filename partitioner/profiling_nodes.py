@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ from partitioner.profile_cache import REFERENCE, ProfileCache
 from partitioner.profiling import Column, Profile, matched
 from splitnet.channel import open_channel, stub, translated
 from splitnet.cluster import Cluster, ClusterNode, equal_devices
-from splitnet.errors import InsufficientMemory, MissingExtra, NodeUnavailable, NotFound, SplitnetError
+from splitnet.errors import DeadlineExceeded, InsufficientMemory, MissingExtra, NodeUnavailable, NotFound, SplitnetError
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.shard import Shard
 from splitnet.shipping import Blob, shard_blobs, ship
@@ -38,11 +38,13 @@ if TYPE_CHECKING:
 __all__ = ["OnProgress", "Options", "measure_columns"]
 
 OnProgress = Callable[[int, int, str], None]
+_Shipped = dict[str, set[str]]  # by a node's address: the blobs that were brought there
 
 _SMALL_BYTES = 1 << 14  # weights up to this size travel: tables of positions and the like, whose values matter
 _GRACE_S = 600.0  # a slow box runs a large model five times at least
 _TOGETHER = 0.3  # of the budget, for nodes in one box at once
 _ROOM = 0.9  # of a node's free memory that a piece may take
+_RELEASE_S = 60.0  # a node that activates a deployment answers after that
 _CANNOT = (InsufficientMemory, NotFound, MissingExtra)  # what a node says that cannot do it; everything else is an error
 
 
@@ -69,7 +71,18 @@ async def measure_columns(
 ) -> dict[str, Column]:
     """A column for each node of the cluster. Nodes are measured one after the other, so that those that share a machine do not disturb each
     other. A node that has not the memory or the engine for it gets the times of `scaled` (the profile of this machine), and its column's
-    `how` says so. Raises NodeUnavailable for a node that does not answer."""
+    `how` says so. What was shipped for it is taken off the nodes again, also when this raises or is cancelled. Raises NodeUnavailable for
+    a node that does not answer."""
+    shipped: _Shipped = {}
+    try:
+        return await _columns(model, cluster, scaled, options, shipped, on_progress)
+    finally:
+        await asyncio.gather(*(_release(address, blobs) for address, blobs in shipped.items()))
+
+
+async def _columns(
+    model: ModelGraph, cluster: Cluster, scaled: Profile, options: Options, shipped: _Shipped, on_progress: OnProgress | None
+) -> dict[str, Column]:
     columns: dict[str, Column] = {}
     measured: list[_Timed] = []
     asked: list[ClusterNode] = []
@@ -88,7 +101,7 @@ async def measure_columns(
             measured.append(_Timed(known, engine, cached))
         else:
             try:
-                column = await _measured(model, known, options)
+                column = await _measured(model, known, options, shipped)
             except _CANNOT as error:
                 own = scaled.scaled_to(known)
                 how = f"{own.how}, because the node could not measure it: {error.message}"
@@ -103,7 +116,7 @@ async def measure_columns(
         if len(inside) > 1:
             if on_progress:
                 on_progress(len(cluster.nodes), len(cluster.nodes), f"{', '.join(known.name for known in inside)} at once")
-            columns |= await _together(model, inside, columns, options)
+            columns |= await _together(model, inside, columns, options, shipped)
     if on_progress:
         on_progress(len(cluster.nodes), len(cluster.nodes), "")
     return columns
@@ -130,14 +143,14 @@ async def _identified(node: ClusterNode) -> tuple[ClusterNode, str]:
     return seen, there.engine
 
 
-async def _measured(model: ModelGraph, node: ClusterNode, options: Options) -> Column:
-    pieces = await _asked(model, node, options, options.budget_s)
+async def _measured(model: ModelGraph, node: ClusterNode, options: Options, shipped: _Shipped) -> Column:
+    pieces = await _asked(model, node, options, options.budget_s, shipped)
     whole_s = math.fsum(piece.whole_s for piece in pieces)
     return Column(_seconds(model.structure, pieces), _how(node, pieces), _sustained_s(node, pieces) / whole_s if whole_s else 1.0)
 
 
 async def _asked(
-    model: ModelGraph, node: ClusterNode, options: Options, budget_s: float, sustained: bool = False
+    model: ModelGraph, node: ClusterNode, options: Options, budget_s: float, shipped: _Shipped, sustained: bool = False
 ) -> Sequence[pb.OperatorsReply]:
     async with open_channel(node.address) as channel:
         with _at(node):
@@ -147,11 +160,18 @@ async def _asked(
             shards = _pieces(model, room, options.real_weights, Path(folder))
             inputs = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.example_inputs.items()})
             blob = Blob(hashlib.sha256(inputs).hexdigest(), len(inputs), inputs)
-            await _ship(channel, node, [*shard_blobs({str(i): s for i, s in enumerate(shards)}), blob])
-        request = pb.OperatorsRequest(shards=[shard.sha256 for shard in shards], inputs=blob.sha256, sustained=sustained)
-        with _at(node):
-            reply = await stub(channel).Measure(pb.MeasureRequest(operators=request, budget_s=budget_s), timeout=budget_s + _GRACE_S)
-    return reply.pieces
+            blobs = [*shard_blobs({str(i): s for i, s in enumerate(shards)}), blob]
+            operators = pb.OperatorsRequest(shards=[shard.sha256 for shard in shards], inputs=blob.sha256, sustained=sustained)
+            request = pb.MeasureRequest(operators=operators, budget_s=budget_s)
+            for last in (False, True):
+                await _ship(channel, node, blobs, shipped.setdefault(node.address, set()))
+                try:
+                    with _at(node):
+                        return (await stub(channel).Measure(request, timeout=budget_s + _GRACE_S)).pieces
+                except NotFound:  # perhaps what another profile had brought, and has taken away since
+                    if last:
+                        raise
+    raise AssertionError("it returns or raises")
 
 
 def _sustained_s(node: ClusterNode, pieces: Sequence[pb.OperatorsReply]) -> float:
@@ -159,9 +179,11 @@ def _sustained_s(node: ClusterNode, pieces: Sequence[pb.OperatorsReply]) -> floa
     return math.fsum(piece.sustained_cpu_s for piece in pieces) / min(node.threads, node.cores or node.threads)
 
 
-async def _together(model: ModelGraph, nodes: Sequence[ClusterNode], columns: Mapping[str, Column], options: Options) -> dict[str, Column]:
+async def _together(
+    model: ModelGraph, nodes: Sequence[ClusterNode], columns: Mapping[str, Column], options: Options, shipped: _Shipped
+) -> dict[str, Column]:
     """Nodes in one box, all busy at once, as in a full pipeline: they share caches and memory, whatever processors each has."""
-    asked = (_asked(model, node, options, options.budget_s * _TOGETHER, sustained=True) for node in nodes)
+    asked = (_asked(model, node, options, options.budget_s * _TOGETHER, shipped, sustained=True) for node in nodes)
     replies = await asyncio.gather(*asked, return_exceptions=True)
     found = {}
     for node, pieces in zip(nodes, replies, strict=True):
@@ -176,9 +198,23 @@ async def _together(model: ModelGraph, nodes: Sequence[ClusterNode], columns: Ma
     return found
 
 
-async def _ship(channel: grpc.aio.Channel, node: ClusterNode, blobs: Sequence[Blob]) -> None:
+async def _ship(channel: grpc.aio.Channel, node: ClusterNode, blobs: Sequence[Blob], shipped: set[str]) -> None:
+    """What the node had already is somebody else's, and not for this measurement to take away."""
     for blob in blobs:
-        await ship(channel, node.address, blob, lambda _: None)
+        sent = 1
+        try:
+            sent = await ship(channel, node.address, blob, lambda _: None)
+        finally:
+            if sent:
+                shipped.add(blob.sha256)
+
+
+async def _release(address: str, blobs: Collection[str]) -> None:
+    """A node that has gone meanwhile keeps them until something is unloaded there with --delete; what was measured is good all the same."""
+    if blobs:
+        async with open_channel(address) as channel:
+            with contextlib.suppress(NodeUnavailable, DeadlineExceeded), translated(address):
+                await stub(channel).Release(pb.ReleaseRequest(blobs=sorted(blobs)), timeout=_RELEASE_S)
 
 
 def _pieces(model: ModelGraph, room_bytes: float, real_weights: bool, folder: Path) -> list[Shard]:

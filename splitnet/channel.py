@@ -97,7 +97,7 @@ def open_channel(address: str) -> grpc.aio.Channel:
 
 
 def stub(channel: grpc.aio.Channel) -> NodeAsyncStub:
-    """The generated calls: Describe, Load, Activate, Unload, Probe, Measure. For Run and Forward see below."""
+    """The generated calls: Describe, Load, Activate, Unload, Release, Probe, Measure. For Run and Forward see below."""
     made: NodeAsyncStub = NodeStub(channel)
     return made
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import hashlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from small_models import chain, diamond, slow
 
 import partitioner
 from nodes.testing import LocalCluster
+from partitioner import profiling_nodes
 from partitioner.cutting import write_stage
 from partitioner.graph import ModelGraph
 from partitioner.layout import lay_out
@@ -24,7 +27,7 @@ from partitioner.profiling_nodes import Options
 from splitnet.channel import open_channel, stub, translated
 from splitnet.cluster import Cluster, ClusterNode
 from splitnet.codecs import codec_names
-from splitnet.errors import BadInput, BadShard, InsufficientMemory, NodeUnavailable, NotFound, SplitnetError
+from splitnet.errors import BadInput, BadShard, InsufficientMemory, NodeUnavailable, NotFound, Overloaded, SplitnetError
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.shard import Shard
 from splitnet.shipping import Blob, shard_blobs, ship
@@ -160,7 +163,86 @@ def test_operators_add_up_to_the_undisturbed_run() -> None:
     assert matched([0.0, 2.0], 1.0)[0] == 0.0
 
 
+def _blobs(boxes: LocalCluster, name: str) -> set[str]:
+    return {path.name for folder in ("blobs", "parts") for path in (boxes.config(name).directory / folder).iterdir()}
+
+
+def test_nothing_of_a_profile_stays_on_the_nodes(wide: ModelGraph) -> None:
+    """Also of nodes that are measured once more all at once, and of one that was busy or could not do it."""
+    with LocalCluster(2) as fresh:
+        cluster = known(fresh, a=0.01, b=0.02)
+        boxed = dataclasses.replace(cluster, nodes=tuple(dataclasses.replace(n, machine="box/1", cores=1.0) for n in cluster.nodes))
+        columns = partitioner.profile(wide, repeats=1, cluster=boxed, options=QUICK).columns
+        assert all(columns[n].how.endswith("2 nodes in one box") for n in ("a", "b"))
+        assert _blobs(fresh, "a") == _blobs(fresh, "b") == set()
+        with pytest.raises(SplitnetError, match="out of range|index"):
+            tokens = {name: tensor + 1000 for name, tensor in wide.example_inputs.items()}
+            partitioner.profile(_with_inputs(wide, tokens), repeats=1, cluster=boxed, options=QUICK)
+        assert _blobs(fresh, "a") == set()
+
+
+def _with_inputs(model: ModelGraph, inputs: dict[str, torch.Tensor]) -> ModelGraph:
+    """Right where it is profiled here, wrong on a node."""
+
+    class Lying(type(model)):  # type: ignore[misc]
+        def run(self, given: Any, **more: Any) -> Any:
+            return model.run(model.example_inputs, **more)
+
+    return Lying(**{f.name: getattr(model, f.name) for f in dataclasses.fields(model)} | {"example_inputs": inputs})
+
+
+async def test_a_profile_takes_away_only_what_it_brought(boxes: LocalCluster, wide: ModelGraph, tmp_path: Path) -> None:
+    shard = _whole(wide, tmp_path / "whole", [])
+    reply = await _measure(boxes.addresses["a"], shard, dict(wide.example_inputs))  # its graph is that of a profile's only piece
+    assert reply.pieces
+    before = _blobs(boxes, "a")
+    await asyncio.to_thread(partitioner.profile, wide, repeats=1, cluster=known(boxes, a=0.01, b=0.02), options=QUICK)
+    assert _blobs(boxes, "a") == before != set()
+
+
+def test_what_another_profile_took_away_meanwhile_is_shipped_again(
+    boxes: LocalCluster, wide: ModelGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    took: list[str] = []
+
+    async def ship_and_lose(channel: Any, address: str, blob: Blob, on_bytes: Any) -> int:
+        sent = await ship(channel, address, blob, on_bytes)
+        if not took:
+            took.append(blob.sha256)
+            await stub(channel).Release(pb.ReleaseRequest(blobs=took))
+        return sent
+
+    monkeypatch.setattr(profiling_nodes, "ship", ship_and_lose)
+    column = partitioner.profile(wide, repeats=1, cluster=Cluster(boxes.cluster().nodes[:1]), options=QUICK).columns["a"]
+    assert took
+    assert column.how.startswith("measured on node 'a'")
+
+
 # ----------------------------------------------------------------------------------------------------------- the RPC itself
+
+
+async def test_what_is_measured_is_not_released(boxes: LocalCluster, tmp_path: Path) -> None:
+    graph, inputs = slow(), {"x": torch.randn(200, 8)}
+    shard = _whole(graph, tmp_path / "slow")
+    address = boxes.addresses["b"]
+    names = [shard.sha256, *(m.sha256 for m in shard.manifest.members.values()), hashlib.sha256(save(inputs)).hexdigest()]
+    measuring = asyncio.create_task(_measure(address, shard, inputs, budget_s=1.0))
+    async with open_channel(address) as channel:
+        node = stub(channel)
+        while True:
+            with pytest.raises(SplitnetError) as busy, translated(address):
+                await node.Measure(pb.MeasureRequest(operators=pb.OperatorsRequest(shards=["0" * 64], inputs="0" * 64)))
+            if isinstance(busy.value, Overloaded):
+                break
+            await asyncio.sleep(0.01)
+        assert (await node.Release(pb.ReleaseRequest(blobs=names))).freed_bytes == 0
+        assert (await measuring).pieces
+        assert (await node.Release(pb.ReleaseRequest(blobs=names))).freed_bytes > 1000
+        assert not set(names) & _blobs(boxes, "b")
+        assert (await node.Release(pb.ReleaseRequest(blobs=names))).freed_bytes == 0
+        for wrong in (["../x"], ["0" * 64] * 65537):
+            with pytest.raises(BadInput), translated(address):
+                await node.Release(pb.ReleaseRequest(blobs=wrong))
 
 
 def _whole(graph: ModelGraph, folder: Path, weights: list[str] | None = None) -> Shard:
@@ -217,9 +299,6 @@ async def test_what_serves_keeps_its_memory(wide: ModelGraph, tmp_path: Path) ->
 
 async def test_one_at_a_time_and_between_requests(boxes: LocalCluster, tmp_path: Path) -> None:
     """While a model is measured for a second, another measurement is refused, and other work waits for one round only."""
-    import asyncio
-    import time
-
     graph = slow()
     shard = _whole(graph, tmp_path / "slow")
     address = boxes.addresses["b"]

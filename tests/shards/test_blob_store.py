@@ -370,3 +370,24 @@ def test_what_no_deployment_uses_is_deleted(store: BlobStore, shard: Shard) -> N
     assert store.has(name_of(b"running"))
     store.delete_unused(set())
     assert files_of(store) == []
+
+
+def test_what_is_named_is_deleted_unless_it_is_used_or_held(store: BlobStore, shard: Shard, tmp_path: Path) -> None:
+    used, other = put_shard(store, shard), put(store, DATA)
+    graph = shard.manifest.members["graph.json"].sha256
+    broken = name_of(b"broken off")
+    with store.writer(broken, 10) as writer:
+        writer.write(b"bro")
+    with store.holding([used]), store.holding([used, other]):
+        assert store.delete([used, graph, other, name_of(b"never here")], set()) == 0
+        assert store.delete_unused(set()) == 3
+        with pytest.raises(BadInput, match="sha256"), store.holding(["../x"]):
+            raise AssertionError("held")
+    with pytest.raises(BadInput, match="sha256"):
+        store.delete(["../x", other], set())
+    assert store.delete([used, graph], {used}) == 0
+    assert store.delete([other], {used}) == len(DATA)
+    assert store.shard(used).sha256 == used
+    store.delete([graph], set())
+    with pytest.raises(NotFound):
+        store.shard(used)

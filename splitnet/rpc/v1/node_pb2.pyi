@@ -5,7 +5,7 @@ The wire contract of a splitnet node.
 
 One service, one process, one box. A client in another language needs three calls: Describe (what is deployed here, what
 goes in, what comes out), Run (send tensors, receive tensors) and nothing else; Forward carries the same Frame between
-nodes. Load / Activate / Unload install a model; Probe / Measure measure links and speed.
+nodes. Load / Activate / Unload / Release install a model and take it off again; Probe / Measure measure links and speed.
 
 Conventions. Sizes are in bytes, times in seconds, both stand in the field's name. Tensors are little-endian. Every
 streamed message is at most 8 MiB; larger tensors are sent as several chunks. Errors are gRPC statuses outside Run and
@@ -123,6 +123,8 @@ class Frame(google.protobuf.message.Message):
     FAILURE_FIELD_NUMBER: builtins.int
     CANCEL_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
+    ACKNOWLEDGE_FIELD_NUMBER: builtins.int
+    RECEIVED_FIELD_NUMBER: builtins.int
     PAYLOAD_FIELD_NUMBER: builtins.int
     request: builtins.str
     """the request's id: 1 to 64 characters of [A-Za-z0-9_-], chosen by the client, unique"""
@@ -137,6 +139,8 @@ class Frame(google.protobuf.message.Message):
     """Run: the request's (answer's) last frame"""
     priority: builtins.int
     """Run: 0 (usual) to 9 (most urgent), on the request's first frame"""
+    acknowledge: builtins.bool
+    """Forward: the sender wants a Received as soon as this frame is there (it measures the link by that)"""
     payload: builtins.bytes
     @property
     def tensor(self) -> Global___TensorChunk: ...
@@ -147,6 +151,10 @@ class Frame(google.protobuf.message.Message):
     @property
     def cancel(self) -> Global___Cancel:
         """drop everything of this request"""
+
+    @property
+    def received(self) -> Global___Received:
+        """Forward, back to the sender"""
 
     def __init__(
         self,
@@ -161,12 +169,31 @@ class Frame(google.protobuf.message.Message):
         failure: Global___Failure | None = ...,
         cancel: Global___Cancel | None = ...,
         priority: builtins.int = ...,
+        acknowledge: builtins.bool = ...,
+        received: Global___Received | None = ...,
         payload: builtins.bytes = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["cancel", b"cancel", "failure", b"failure", "tensor", b"tensor"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cancel", b"cancel", "deployment", b"deployment", "end", b"end", "failure", b"failure", "ingress", b"ingress", "payload", b"payload", "priority", b"priority", "request", b"request", "stage", b"stage", "tensor", b"tensor", "timeout_s", b"timeout_s"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["cancel", b"cancel", "failure", b"failure", "received", b"received", "tensor", b"tensor"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["acknowledge", b"acknowledge", "cancel", b"cancel", "deployment", b"deployment", "end", b"end", "failure", b"failure", "ingress", b"ingress", "payload", b"payload", "priority", b"priority", "received", b"received", "request", b"request", "stage", b"stage", "tensor", b"tensor", "timeout_s", b"timeout_s"]) -> None: ...
 
 Global___Frame: typing_extensions.TypeAlias = Frame
+
+@typing.final
+class Received(google.protobuf.message.Message):
+    """How many frames that asked for it have come on this stream. A greeting without it is of a node that does not count."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FRAMES_FIELD_NUMBER: builtins.int
+    frames: builtins.int
+    def __init__(
+        self,
+        *,
+        frames: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["frames", b"frames"]) -> None: ...
+
+Global___Received: typing_extensions.TypeAlias = Received
 
 @typing.final
 class Cancel(google.protobuf.message.Message):
@@ -458,6 +485,11 @@ class LinkStatus(google.protobuf.message.Message):
     RAW_BYTES_FIELD_NUMBER: builtins.int
     FRAMES_FIELD_NUMBER: builtins.int
     CONNECTED_FIELD_NUMBER: builtins.int
+    GOODPUT_BYTES_PER_S_FIELD_NUMBER: builtins.int
+    ROUND_TRIP_S_FIELD_NUMBER: builtins.int
+    QUEUED_BYTES_FIELD_NUMBER: builtins.int
+    UNACKNOWLEDGED_BYTES_FIELD_NUMBER: builtins.int
+    CODECS_FIELD_NUMBER: builtins.int
     target: builtins.str
     address: builtins.str
     sent_bytes: builtins.int
@@ -466,6 +498,18 @@ class LinkStatus(google.protobuf.message.Message):
     """the same before the codec"""
     frames: builtins.int
     connected: builtins.bool
+    goodput_bytes_per_s: builtins.float
+    """what it delivers while there is something to send, by what was sent lately; 0: not known yet"""
+    round_trip_s: builtins.float
+    """the shortest that was seen"""
+    queued_bytes: builtins.int
+    """before the codec: not handed to the network yet"""
+    unacknowledged_bytes: builtins.int
+    """handed to the network, and not there yet as far as is known"""
+    @property
+    def codecs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___CodecInUse]:
+        """of the transfers whose codec may change"""
+
     def __init__(
         self,
         *,
@@ -475,10 +519,46 @@ class LinkStatus(google.protobuf.message.Message):
         raw_bytes: builtins.int = ...,
         frames: builtins.int = ...,
         connected: builtins.bool = ...,
+        goodput_bytes_per_s: builtins.float = ...,
+        round_trip_s: builtins.float = ...,
+        queued_bytes: builtins.int = ...,
+        unacknowledged_bytes: builtins.int = ...,
+        codecs: collections.abc.Iterable[Global___CodecInUse] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "connected", b"connected", "frames", b"frames", "raw_bytes", b"raw_bytes", "sent_bytes", b"sent_bytes", "target", b"target"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "codecs", b"codecs", "connected", b"connected", "frames", b"frames", "goodput_bytes_per_s", b"goodput_bytes_per_s", "queued_bytes", b"queued_bytes", "raw_bytes", b"raw_bytes", "round_trip_s", b"round_trip_s", "sent_bytes", b"sent_bytes", "target", b"target", "unacknowledged_bytes", b"unacknowledged_bytes"]) -> None: ...
 
 Global___LinkStatus: typing_extensions.TypeAlias = LinkStatus
+
+@typing.final
+class CodecInUse(google.protobuf.message.Message):
+    """One transfer of a deployment over a link, and the codec that its next tensor gets."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DEPLOYMENT_FIELD_NUMBER: builtins.int
+    SOURCE_FIELD_NUMBER: builtins.int
+    TARGET_FIELD_NUMBER: builtins.int
+    CODEC_FIELD_NUMBER: builtins.int
+    SWITCHES_FIELD_NUMBER: builtins.int
+    deployment: builtins.str
+    source: builtins.str
+    """stages"""
+    target: builtins.str
+    codec: builtins.str
+    switches: builtins.int
+    """since activation"""
+    def __init__(
+        self,
+        *,
+        deployment: builtins.str = ...,
+        source: builtins.str = ...,
+        target: builtins.str = ...,
+        codec: builtins.str = ...,
+        switches: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["codec", b"codec", "deployment", b"deployment", "source", b"source", "switches", b"switches", "target", b"target"]) -> None: ...
+
+Global___CodecInUse: typing_extensions.TypeAlias = CodecInUse
 
 @typing.final
 class LoadRequest(google.protobuf.message.Message):
@@ -649,6 +729,39 @@ class UnloadReply(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["cancelled", b"cancelled"]) -> None: ...
 
 Global___UnloadReply: typing_extensions.TypeAlias = UnloadReply
+
+@typing.final
+class ReleaseRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BLOBS_FIELD_NUMBER: builtins.int
+    @property
+    def blobs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """sha256 of each; at most 65536. A shard's members are named, too: they do not go with its manifest"""
+
+    def __init__(
+        self,
+        *,
+        blobs: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blobs", b"blobs"]) -> None: ...
+
+Global___ReleaseRequest: typing_extensions.TypeAlias = ReleaseRequest
+
+@typing.final
+class ReleaseReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FREED_BYTES_FIELD_NUMBER: builtins.int
+    freed_bytes: builtins.int
+    def __init__(
+        self,
+        *,
+        freed_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["freed_bytes", b"freed_bytes"]) -> None: ...
+
+Global___ReleaseReply: typing_extensions.TypeAlias = ReleaseReply
 
 @typing.final
 class ProbeRequest(google.protobuf.message.Message):

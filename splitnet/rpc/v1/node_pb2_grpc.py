@@ -54,6 +54,11 @@ class NodeStub(object):
                 request_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.UnloadRequest.SerializeToString,
                 response_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.UnloadReply.FromString,
                 _registered_method=True)
+        self.Release = channel.unary_unary(
+                '/splitnet.rpc.v1.Node/Release',
+                request_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.ReleaseRequest.SerializeToString,
+                response_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.ReleaseReply.FromString,
+                _registered_method=True)
         self.Run = channel.stream_stream(
                 '/splitnet.rpc.v1.Node/Run',
                 request_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.Frame.SerializeToString,
@@ -110,6 +115,14 @@ class NodeServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Release(self, request, context):
+        """Removes blobs that Load has brought, such as those of a measurement, but for what a deployment uses or is being measured. A
+        blob that is not here is no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Run(self, request_iterator, context):
         """Requests of a client to the ingress (the node of the plan's first stage). Any number in flight on one stream.
         """
@@ -119,8 +132,9 @@ class NodeServicer(object):
 
     def Forward(self, request_iterator, context):
         """Activations, results, cancellations and failures from node to node. One long-lived stream per directed pair of nodes.
-        The receiving node sends back a greeting (an empty Frame, at once), and after that only a Failure for a frame whose ingress it
-        cannot reach because it does not serve that deployment; all else that it has to say travels on its own Forward streams. Metadata
+        The receiving node sends back a greeting (a Frame with an empty Received, at once), a Received for each frame that asks for one,
+        and a Failure for a frame whose ingress it cannot reach because it does not serve that deployment; all else that it has to say
+        travels on its own Forward streams. Metadata
         of the call say who sends: splitnet-node and splitnet-address, as in the plan.
         A node that stops tells each ingress with a Failure that names itself and no request; the ingress admits nothing new, and
         sends a Cancel that names no request once nothing of the deployment is in flight any more. Then the node closes its streams.
@@ -165,6 +179,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.Unload,
                     request_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.UnloadRequest.FromString,
                     response_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.UnloadReply.SerializeToString,
+            ),
+            'Release': grpc.unary_unary_rpc_method_handler(
+                    servicer.Release,
+                    request_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.ReleaseRequest.FromString,
+                    response_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.ReleaseReply.SerializeToString,
             ),
             'Run': grpc.stream_stream_rpc_method_handler(
                     servicer.Run,
@@ -295,6 +314,33 @@ class Node(object):
             '/splitnet.rpc.v1.Node/Unload',
             splitnet_dot_rpc_dot_v1_dot_node__pb2.UnloadRequest.SerializeToString,
             splitnet_dot_rpc_dot_v1_dot_node__pb2.UnloadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Release(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/splitnet.rpc.v1.Node/Release',
+            splitnet_dot_rpc_dot_v1_dot_node__pb2.ReleaseRequest.SerializeToString,
+            splitnet_dot_rpc_dot_v1_dot_node__pb2.ReleaseReply.FromString,
             options,
             channel_credentials,
             insecure,

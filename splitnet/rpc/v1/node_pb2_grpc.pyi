@@ -5,7 +5,7 @@ The wire contract of a splitnet node.
 
 One service, one process, one box. A client in another language needs three calls: Describe (what is deployed here, what
 goes in, what comes out), Run (send tensors, receive tensors) and nothing else; Forward carries the same Frame between
-nodes. Load / Activate / Unload install a model; Probe / Measure measure links and speed.
+nodes. Load / Activate / Unload / Release install a model and take it off again; Probe / Measure measure links and speed.
 
 Conventions. Sizes are in bytes, times in seconds, both stand in the field's name. Tensors are little-endian. Every
 streamed message is at most 8 MiB; larger tensors are sent as several chunks. Errors are gRPC statuses outside Run and
@@ -98,6 +98,22 @@ _NodeUnloadType = typing_extensions.TypeVar(
     ],
 )
 
+_NodeReleaseType = typing_extensions.TypeVar(
+    '_NodeReleaseType',
+    grpc.UnaryUnaryMultiCallable[
+        splitnet.rpc.v1.node_pb2.ReleaseRequest,
+        splitnet.rpc.v1.node_pb2.ReleaseReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        splitnet.rpc.v1.node_pb2.ReleaseRequest,
+        splitnet.rpc.v1.node_pb2.ReleaseReply,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        splitnet.rpc.v1.node_pb2.ReleaseRequest,
+        splitnet.rpc.v1.node_pb2.ReleaseReply,
+    ],
+)
+
 _NodeRunType = typing_extensions.TypeVar(
     '_NodeRunType',
     grpc.StreamStreamMultiCallable[
@@ -162,7 +178,7 @@ _NodeMeasureType = typing_extensions.TypeVar(
     ],
 )
 
-class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateType, _NodeUnloadType, _NodeRunType, _NodeForwardType, _NodeProbeType, _NodeMeasureType]):
+class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateType, _NodeUnloadType, _NodeReleaseType, _NodeRunType, _NodeForwardType, _NodeProbeType, _NodeMeasureType]):
     @typing.overload
     def __init__(self: NodeStub[
         grpc.UnaryUnaryMultiCallable[
@@ -180,6 +196,10 @@ class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateTyp
         grpc.UnaryUnaryMultiCallable[
             splitnet.rpc.v1.node_pb2.UnloadRequest,
             splitnet.rpc.v1.node_pb2.UnloadReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            splitnet.rpc.v1.node_pb2.ReleaseRequest,
+            splitnet.rpc.v1.node_pb2.ReleaseReply,
         ],
         grpc.StreamStreamMultiCallable[
             splitnet.rpc.v1.node_pb2.Frame,
@@ -217,6 +237,10 @@ class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateTyp
             splitnet.rpc.v1.node_pb2.UnloadRequest,
             splitnet.rpc.v1.node_pb2.UnloadReply,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            splitnet.rpc.v1.node_pb2.ReleaseRequest,
+            splitnet.rpc.v1.node_pb2.ReleaseReply,
+        ],
         grpc.aio.StreamStreamMultiCallable[
             splitnet.rpc.v1.node_pb2.Frame,
             splitnet.rpc.v1.node_pb2.Frame,
@@ -251,13 +275,19 @@ class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateTyp
     Unload: _NodeUnloadType
     """Drains and removes a deployment from this node."""
 
+    Release: _NodeReleaseType
+    """Removes blobs that Load has brought, such as those of a measurement, but for what a deployment uses or is being measured. A
+    blob that is not here is no error.
+    """
+
     Run: _NodeRunType
     """Requests of a client to the ingress (the node of the plan's first stage). Any number in flight on one stream."""
 
     Forward: _NodeForwardType
     """Activations, results, cancellations and failures from node to node. One long-lived stream per directed pair of nodes.
-    The receiving node sends back a greeting (an empty Frame, at once), and after that only a Failure for a frame whose ingress it
-    cannot reach because it does not serve that deployment; all else that it has to say travels on its own Forward streams. Metadata
+    The receiving node sends back a greeting (a Frame with an empty Received, at once), a Received for each frame that asks for one,
+    and a Failure for a frame whose ingress it cannot reach because it does not serve that deployment; all else that it has to say
+    travels on its own Forward streams. Metadata
     of the call say who sends: splitnet-node and splitnet-address, as in the plan.
     A node that stops tells each ingress with a Failure that names itself and no request; the ingress admits nothing new, and
     sends a Cancel that names no request once nothing of the deployment is in flight any more. Then the node closes its streams.
@@ -285,6 +315,10 @@ NodeAsyncStub: typing_extensions.TypeAlias = NodeStub[
     grpc.aio.UnaryUnaryMultiCallable[
         splitnet.rpc.v1.node_pb2.UnloadRequest,
         splitnet.rpc.v1.node_pb2.UnloadReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        splitnet.rpc.v1.node_pb2.ReleaseRequest,
+        splitnet.rpc.v1.node_pb2.ReleaseReply,
     ],
     grpc.aio.StreamStreamMultiCallable[
         splitnet.rpc.v1.node_pb2.Frame,
@@ -342,6 +376,16 @@ class NodeServicer(metaclass=abc.ABCMeta):
         """Drains and removes a deployment from this node."""
 
     @abc.abstractmethod
+    def Release(
+        self,
+        request: splitnet.rpc.v1.node_pb2.ReleaseRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[splitnet.rpc.v1.node_pb2.ReleaseReply, collections.abc.Awaitable[splitnet.rpc.v1.node_pb2.ReleaseReply]]:
+        """Removes blobs that Load has brought, such as those of a measurement, but for what a deployment uses or is being measured. A
+        blob that is not here is no error.
+        """
+
+    @abc.abstractmethod
     def Run(
         self,
         request_iterator: _MaybeAsyncIterator[splitnet.rpc.v1.node_pb2.Frame],
@@ -356,8 +400,9 @@ class NodeServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[splitnet.rpc.v1.node_pb2.Frame], collections.abc.AsyncIterator[splitnet.rpc.v1.node_pb2.Frame]]:
         """Activations, results, cancellations and failures from node to node. One long-lived stream per directed pair of nodes.
-        The receiving node sends back a greeting (an empty Frame, at once), and after that only a Failure for a frame whose ingress it
-        cannot reach because it does not serve that deployment; all else that it has to say travels on its own Forward streams. Metadata
+        The receiving node sends back a greeting (a Frame with an empty Received, at once), a Received for each frame that asks for one,
+        and a Failure for a frame whose ingress it cannot reach because it does not serve that deployment; all else that it has to say
+        travels on its own Forward streams. Metadata
         of the call say who sends: splitnet-node and splitnet-address, as in the plan.
         A node that stops tells each ingress with a Failure that names itself and no request; the ingress admits nothing new, and
         sends a Cancel that names no request once nothing of the deployment is in flight any more. Then the node closes its streams.
