@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from raw_stream import RawStream
 from small_models import Split, at_rest, chain, diamond, fragile, slow, split, stages_by
 
 import splitnet
 from nodes.testing import LocalCluster
 from splitnet import Batching, wire
+from splitnet.commands import install as commands
 from splitnet.errors import BadInput, BadPlan, Cancelled, DeadlineExceeded, EngineFailure
 from splitnet.install import deploy, status, undeploy
 from splitnet.node_status import DeploymentStatus
@@ -253,3 +255,17 @@ async def test_a_priority_that_is_none_is_refused(cluster: LocalCluster, heavy: 
 def test_settings_that_make_no_sense_are_refused(batching: dict[str, float], message: str) -> None:
     with pytest.raises(BadPlan, match=message):
         Batching(**batching)  # type: ignore[arg-type] # as a caller without a type checker might
+
+
+def test_the_command_sets_what_status_shows(cluster: LocalCluster, tmp_path: Path) -> None:
+    served = split(chain(), cluster.cluster(), tmp_path / "plan.shards", stages_by(a="linear relu", b="*"))
+    served.plan.save(tmp_path / "plan.json")
+    run, plan = CliRunner(), str(tmp_path / "plan.json")
+    refused = run.invoke(commands.deploy, [plan, "--max-delay", "2parsecs"])
+    assert (refused.exit_code, "2parsecs" in refused.output) == (2, True)
+    done = run.invoke(commands.deploy, [plan, "--name", "set", "--max-batch", "8", "--max-delay", "2ms", "--microbatch", "4"])
+    assert done.exit_code == 0, done.output
+    assert told(served, "set").batching == Batching(8, 0.002, 4)
+    shown = run.invoke(commands.status, ["--cluster", plan]).output
+    assert "set: requests are joined up to 8 rows, and wait up to 2 ms for it; larger ones go in pieces of 4 rows" in shown
+    undeploy(served.plan, "set")
