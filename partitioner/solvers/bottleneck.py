@@ -39,7 +39,7 @@ class Bottleneck:
     ) -> None:  # fmt: skip
         self.problem, self.sizes, self.allowed = problem, sizes, allowed
         self.kinds, self.length = len(problem.devices), problem.length
-        self.firsts = 1
+        self.firsts, self.anywhere = 1, True
         self.errors, self.spends = units + 1, spends
         self.last_end = problem.last_end
         self.free = [bool((self.last_end[k, :-1] == self.length).all()) for k in range(self.kinds)]
@@ -78,7 +78,8 @@ class Bottleneck:
         problem = self.problem
         # Where the answer may go home from anywhere to anywhere, it does not matter where the first stage was.
         alone = np.diag(np.asarray(self.sizes) == 1)
-        self.firsts = 1 if ((problem.back_wire_s <= limit) | alone).all() else self.kinds
+        self.anywhere = bool(((problem.back_wire_s <= limit) | alone).all())
+        self.firsts = 1 if self.anywhere else self.kinds
         levels: list[_Filled] = []
         level = start(self.sizes)
         for depth in range(1, len(self.steps) + 1):
@@ -154,7 +155,7 @@ class Bottleneck:
             for last in range(self.kinds):
                 spare = self._spare(filled.ended[:, last, :, spent], last, limit)[..., self.length]  # (n, F)
                 holds = spare >= problem.back_send_s[last]
-                holds &= (problem.back_wire_s[last] if self.firsts > 1 else np.zeros(1)) <= limit
+                holds &= (np.zeros(1) if self.anywhere else problem.back_wire_s[last]) <= limit
                 if holds.any():
                     row, first = np.argwhere(holds)[0]
                     return int(row), last, int(first), spent
