@@ -35,11 +35,11 @@ def read(reader: SectionReader, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def spread(values: np.ndarray) -> float:
-    """The root mean square of the numbers that are neither zero nor more than five times as far from zero; 0 where all are about zero.
+    """The root mean square of the numbers that are neither zero nor more than five times as far from zero (the largest, where all are below 2**-60).
     A handful of channels a thousand times as large as the rest would else decide it alone."""
     far = float(max(values.max(), -values.min()))
     if far < 2.0**-60:
-        return 0.0
+        return far  # their squares would be zero
     found = 0.0
     for _ in range(_ROUNDS):
         squares, count = 0.0, 0
