@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from partitioner.onnx_export import arithmetic, network, shapes
+from partitioner.onnx_export import arithmetic, indices, network, reductions, shapes
 from partitioner.onnx_export.builder import Builder, Converter, Unconvertible
 from splitnet.graph import GraphDocument, Operator
 from splitnet.onnx_nouns import OnnxGraph, OnnxValue
@@ -22,7 +22,7 @@ _COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge", "not", "and", "or"}
 
 def converters() -> Mapping[str, Converter]:
     """Every operator of a document that can be converted."""
-    return {**arithmetic.CONVERTERS, **shapes.CONVERTERS, **network.CONVERTERS}
+    return {**arithmetic.CONVERTERS, **reductions.CONVERTERS, **shapes.CONVERTERS, **indices.CONVERTERS, **network.CONVERTERS}
 
 
 def convert(document: GraphDocument, values: Mapping[str, TensorSpec]) -> OnnxGraph:

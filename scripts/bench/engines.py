@@ -58,7 +58,7 @@ def main() -> None:
             plan = plan.with_shards({name: shard.sha256 for name, shard in shards.items()})
             splitnet.deploy(plan, shards, name=arguments.model)
             client = stack.enter_context(splitnet.Client(plan.ingress.address, deployment=arguments.model))
-            runs[engine] = lambda client=client: client.infer({"pixel_values": image.numpy()})["logits"]
+            runs[engine] = lambda client=client: client.infer({"pixel_values": image.numpy()}, timeout_s=600)["logits"]
             processes[engine] = psutil.Process(cluster.pid(engine))
         with torch.inference_mode():
             report(runs, processes, arguments.rounds)
