@@ -17,14 +17,12 @@ from partitioner.layout import lay_out, lay_out_again
 from partitioner.pricing import DraftPrices, measured_codecs
 from partitioner.privacy import Privacy
 from partitioner.profiling import Profile
-from partitioner.solvers.bound import Instance, bottleneck_bound, latency_bound, shared_bound
 from partitioner.solvers.constraints import Constraints, Operator, allowed_operators
 from partitioner.solvers.graphs import overhead_arrays, shared
 from partitioner.solvers.narrowing import narrowed
 from partitioner.solvers.placement import Placement, Realised, Scale
 from partitioner.solvers.problem import ChainProblem, Codecs, Floats, Objective, interval_memory
 from partitioner.solvers.reading import GraphCosts, Value, codec_arrays, link_arrays
-from partitioner.solvers.tiers import two_tiers
 from partitioner.structure import Structure
 from splitnet.cluster import Cluster, ClusterNode, Link
 from splitnet.errors import NoPlan
@@ -33,7 +31,6 @@ from splitnet.plan import StageSpec
 __all__ = ["Draft"]
 
 MAX_POSITIONS = 300  #: cuts that are considered; beyond, the narrowest of each stretch of equal time
-_MAX_TIERS = 3000  # operators for which a minimum cut is looked for
 _NARROWER = 24
 
 
@@ -314,66 +311,6 @@ class Draft:
             for name in vertex.params:
                 uses[name] = uses.get(name, 0) + 1
         return tuple(sum(self.structure.param_sizes[p] for p in self.structure.vertices[i].params if uses[p] == 1) for i in kept)
-
-    def bound_s(self, goal: Objective, stages: int = 1) -> float:
-        """A lower bound over all plans of at least so many stages. Only operators that run exactly once count: cheap ones may run anywhere, or not
-        at all."""
-        costs = self.costly
-        kept = [i for i, o in enumerate(self.operators) if o.counts]
-        if not kept:
-            return 0.0
-        uses: dict[int, dict[int, float]] = {}
-        for value in costs.values:
-            for user in value.users:
-                carried = uses.setdefault(user, {})
-                carried[value.source] = carried.get(value.source, 0.0) + value.bytes
-        bandwidth, latency = link_arrays(self.names, self.links)
-        structure, inputs = self.structure, {spec.name for spec in self.structure.inputs}
-        entering = [sum(structure.value_bytes[v] for v in structure.vertices[i].inputs if v in inputs) for i in kept]
-        answers: dict[int, float] = {}
-        for value in costs.values:
-            if value.answer:
-                answers[value.source] = answers.get(value.source, 0.0) + value.bytes
-        instance = Instance(
-            seconds=costs.seconds, uses=uses, latency=latency, bandwidth=bandwidth, codecs=self.codecs,
-            stage_s=overhead_arrays(self.names, self.overheads).stage_s, sizes=(1,) * len(self.names),
-            limits=np.array([self.limits[name] for name in self.names]), param_bytes=np.asarray(costs.param_bytes, dtype=np.float64),
-            allowed=None if self.allowed is None else self.allowed[:, kept], input_bytes=np.asarray(entering, dtype=np.float64),
-            return_bytes=answers,
-        )  # fmt: skip
-        if goal == "latency":
-            return latency_bound(instance)
-        seconds = costs.seconds if instance.allowed is None else np.where(instance.allowed, costs.seconds, np.inf)
-        return max([bottleneck_bound(instance), *(self._shared_s(machine, seconds, stages) for machine in self.machines)])
-
-    def _shared_s(self, machine: Machine, seconds: Floats, stages: int) -> float:
-        """See `shared_bound`. A stage that is not the first takes at least one tensor where each operator depends on an input of the model."""
-        fed: list[bool] = []
-        for vertex, operator in zip(self.structure.vertices, self.operators, strict=True):
-            fed.append(vertex.op == "input" or any(fed[u] for u in operator.before))
-        arrivals = all(f for f, operator in zip(fed, self.operators, strict=True) if operator.counts)
-        threads = {k: machine.threads[name] for k, name in enumerate(self.names) if name in machine.threads}
-        return shared_bound(seconds, threads, machine.cores, overhead_arrays(self.names, self.overheads), stages, arrivals)
-
-    def cuts_for_two(self, goal: Objective, scale: Scale) -> Iterator[Placement]:
-        """For two nodes and latency: what a minimum cut of the costly operators suggests."""
-        costs = self.costly
-        if len(self.nodes) != 2 or goal != "latency" or scale.budget is not None or len(costs.operators) > _MAX_TIERS:
-            return
-        kept = [i for i, o in enumerate(self.operators) if o.counts]
-        bandwidth, latency = link_arrays(self.names, self.links)
-        problem = costs.problem(
-            np.array([self.limits[name] for name in self.names]), (bandwidth, latency),
-            replace(self.codecs, error=np.zeros((len(self.codecs.names), len(kept) + 1)), ratio_at=None), overhead_arrays(self.names, self.overheads),
-            None if self.allowed is None else self.allowed[:, kept], (0, len(kept)),
-        )  # fmt: skip
-        for placement in two_tiers(costs, replace(problem, allowed=None if self.allowed is None else self.allowed[:, kept])).placements:
-            stage_of, k = [], 0
-            for i in range(len(self.operators)):
-                if i in kept[k : k + 1]:
-                    k += 1
-                stage_of.append(placement.stage_of[min(k, len(kept) - 1)] if i not in kept[k - 1 : k] else placement.stage_of[k - 1])
-            yield Placement(placement.order, tuple(stage_of))
 
     def narrower(self, placement: Placement, problem: ChainProblem) -> Iterator[Placement]:
         """The same order of nodes with one border at a place nearby where less crosses."""

@@ -10,6 +10,7 @@ from partitioner.accuracy import MeasureLoss, choices, within
 from partitioner.calibration import Calibration
 from partitioner.cost import CodecFigures
 from partitioner.draft import Draft
+from partitioner.draft_bounds import bound_s, cuts_for_two
 from partitioner.profiling import Profile
 from partitioner.solvers.choosing import pipeline_depth
 from partitioner.solvers.constraints import Constraints, matching, stage_range
@@ -19,6 +20,7 @@ from partitioner.solvers.linear import alternatives, best_in_order
 from partitioner.solvers.placement import Placement, Selected
 from partitioner.solvers.problem import Candidate, Objective
 from partitioner.solvers.refine import fewest_bytes, refine, thrift_note
+from partitioner.worthwhile import MARGIN, why_alone, worth_splitting
 from splitnet.cluster import Cluster
 from splitnet.codecs import codec_names
 from splitnet.errors import BadInput, NoPlan
@@ -53,6 +55,7 @@ def plan(
     calibration: Calibration | None = None,
     measure_loss: MeasureLoss | None = None,
     tolerance: float = TOLERANCE,
+    margin: float = MARGIN,
 ) -> Plan:
     """The plan that is predicted to be best for `objective`, "latency" or "throughput".
 
@@ -62,7 +65,8 @@ def plan(
     lossless, or round as bfloat16 does and make the plan better by more than `tolerance`). `lossless`: only the former. `calibration`: what codecs cost
     this model; with it `max_accuracy_loss` is the share that the plan may lose, and `measure_loss` says what a plan loses as a whole (a
     `partitioner.calibrating.Task` has one): no plan that loses more is returned. `tolerance`: of the plans that are within this share of the best one,
-    what sends least is taken. The other wishes are those of `partitioner.solvers.constraints.Constraints`; `forbid` takes nodes, or node -> patterns.
+    what sends least is taken. `margin`: where one node alone may serve the model, a split must be predicted to be better by more than this share, because
+    predictions err. The other wishes are those of `partitioner.solvers.constraints.Constraints`; `forbid` takes nodes, or node -> patterns.
 
     The profile's times are scaled to each node (see `Profile.on`). The candidates are exact over the model's own order of operators with every live
     tensor charged at its cut; the best ones are laid out, evaluated as they will run, and improved by local search. Raises BadInput or
@@ -93,7 +97,7 @@ def plan(
         draft = Draft.make(profile, cluster, chosen, asked, figures, goal).restricted()
         if at is not None:
             return _manual(draft, goal, at)
-        return _best(draft, goal, stage_range(len(usable), stages, max_stages), tolerance)
+        return _best(draft, goal, stage_range(len(usable), stages, max_stages), tolerance, margin)
 
     if codecs is not None:
         given = codecs if "raw" in codecs else {"raw": CodecFigures(), **codecs}
@@ -106,16 +110,16 @@ def plan(
     return within(best, choice, structure, tolerance=tolerance, measure=measure_loss, forced=forced)
 
 
-def _best(draft: Draft, goal: Objective, allowed: range, tolerance: float) -> Plan:
+def _best(draft: Draft, goal: Objective, allowed: range, tolerance: float, margin: float) -> Plan:
     scale = draft.scale(goal, allowed)
     problem = draft.problem(draft.positions)
-    bound = draft.bound_s(goal, min(allowed))
+    bound = bound_s(draft, goal, min(allowed))
     best, _ = best_in_order(scale, problem, draft.positions, bound_s=bound)
     if best is None:
         operators = [draft.operators[a].name for a in draft.positions[:-1]]
         raise scale.refused or why_no_plan(problem, operators, allowed, draft.wishes.max_accuracy_loss)
     if best.cost.objective_s(goal) > bound * (1 + 1e-9):
-        for placement in draft.cuts_for_two(goal, scale):
+        for placement in cuts_for_two(draft, goal, scale):
             weighed = scale.weigh(placement)
             best = weighed if weighed is not None and scale.rank(weighed) < scale.rank(best) else best
         if len(best.realised.stages) > 1:
@@ -126,6 +130,11 @@ def _best(draft: Draft, goal: Objective, allowed: range, tolerance: float) -> Pl
     reached = best.cost.objective_s(goal)
     thrifty = fewest_bytes(scale, best, tolerance)
     note = thrift_note(best, thrifty, goal, tolerance)
+    alone = min((known for known in scale.known if len(known.realised.stages) == 1), key=scale.rank, default=None)
+    if alone is not None and len(thrifty.realised.stages) > 1:
+        split_s, alone_s = thrifty.cost.objective_s(goal), alone.cost.objective_s(goal)
+        if not worth_splitting(split_s, alone_s, margin):
+            thrifty, note = alone, why_alone(alone.realised.stages[0].node, split_s, alone_s, margin)
     return _plan(draft, thrifty, goal, min(bound, reached, thrifty.cost.objective_s(goal)), note)
 
 
@@ -151,7 +160,7 @@ def _manual(draft: Draft, goal: Objective, at: Sequence[str]) -> Plan:
                 f"with these cuts node {name!r} needs {bytes_text(need)} and has {bytes_text(limit)}: {bytes_text(need - limit)} are missing",
                 remedy="move the cuts, or raise the node's memory limit",
             )
-    return _plan(draft, selected, goal, min(draft.bound_s(goal), selected.cost.objective_s(goal)))
+    return _plan(draft, selected, goal, min(bound_s(draft, goal), selected.cost.objective_s(goal)))
 
 
 def _plan(draft: Draft, best: Selected, goal: Objective, bound: float, note: str = "") -> Plan:
@@ -177,7 +186,7 @@ def _plan(draft: Draft, best: Selected, goal: Objective, bound: float, note: str
             bottleneck=cost.bottleneck,
             bound=min(bound, cost.objective_s(goal)),
             memory_bytes=dict(cost.memory_bytes),
-            bytes_per_link={f"{a}->{b}": size for (a, b), size in cost.link_bytes.items()},
+            bytes_per_link={f"{a}->{b}": round(size) for (a, b), size in cost.sent_bytes.items()},
             alternatives=_alternatives(draft),
             symbols=dict(structure.symbols),
             note=note,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from partitioner.options import Share
+from splitnet.codecs import codec_names
 from splitnet.errors import BadInput
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["wish_options", "wishes"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+_Wish = TypeVar("_Wish")
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -57,6 +60,10 @@ _OPTIONS = (
         "--tolerance", type=click.FloatRange(min=0, max=0.5), default=0.01, show_default=True,
         help="Of plans within this share of the best, take what sends least.",
     ),
+    click.option(
+        "--margin", type=click.FloatRange(min=0, max=0.9), default=0.1, show_default=True,
+        help="A split must be predicted to be better than one node alone by more than this share.",
+    ),
 )  # fmt: skip
 
 
@@ -69,7 +76,8 @@ def wish_options(command: _Command) -> _Command:
 def wishes(given: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments of `partitioner.plan`. Raises BadInput naming the option that is wrong."""
     found: dict[str, Any] = {
-        name: given[name] for name in ("stages", "max_stages", "input_at", "output_at", "max_accuracy_loss", "lossless", "tolerance")
+        name: given[name]
+        for name in ("stages", "max_stages", "input_at", "output_at", "max_accuracy_loss", "lossless", "tolerance", "margin")
     }
     found["at"], found["nodes"] = given["at"] or None, given["nodes"] or None
     found["pin"] = dict(_pair(text, "--pin", "PATTERN=NODE") for text in given["pin"])
@@ -85,11 +93,19 @@ def wishes(given: Mapping[str, Any]) -> dict[str, Any]:
     if given["private"]:
         node, which = _pair(given["private"], "--private", "NODE=K|MODULE")
         found["private"] = node, int(which) if which.isdigit() else which
-    found["taken"] = dict(_taken(text) for text in given["taken"])
-    found["link_codecs"] = dict(_link(text) for text in given["link_codecs"])
+    found["taken"] = _once("--taken", [_taken(text) for text in given["taken"]])
+    pairs = _once("--codec", [(f"{a}->{b}", ((a, b), codecs)) for (a, b), codecs in map(_link, given["link_codecs"])])
+    found["link_codecs"] = dict(pairs.values())
     if given["codec_figures"]:
         found["codecs"] = _read_figures(given["codec_figures"])
     return found
+
+
+def _once(option: str, pairs: Sequence[tuple[str, _Wish]]) -> dict[str, _Wish]:
+    for name, _ in pairs:
+        if sum(name == other for other, _ in pairs) > 1:
+            raise BadInput(f"{option}: {name!r} stands there twice", remedy="give all of it at once")
+    return dict(pairs)
 
 
 def _pair(text: str, option: str, form: str) -> tuple[str, str]:
@@ -104,9 +120,12 @@ def _taken(text: str) -> tuple[str, tuple[float, float]]:
     size, _, share = figures.partition(",")
     number = size.rstrip("BbGgIiKkMm")
     try:
-        return node, (float(number) * _UNITS[size[len(number) :].upper()], float(share or 0))
+        taken = float(number) * _UNITS[size[len(number) :].upper()], float(share or 0)
     except (ValueError, KeyError):
-        raise BadInput(f"--taken: expected NODE=SIZE[,SHARE] as pi=512MiB,0.3, got {text!r}") from None
+        taken = math.nan, 0.0
+    if not 0 <= taken[0] < math.inf:
+        raise BadInput(f"--taken: expected NODE=SIZE[,SHARE] as pi=512MiB,0.3, got {text!r}")
+    return node, taken
 
 
 def _link(text: str) -> tuple[tuple[str, str], tuple[str, ...]]:
@@ -122,10 +141,13 @@ def _read_figures(path: Path) -> dict[str, CodecFigures]:
 
     try:
         document = tomllib.loads(path.read_text())
-        return {name: CodecFigures(**figures) for name, figures in document.items()}
+        found = {name: CodecFigures(**figures) for name, figures in document.items()}
     except OSError as error:
         raise BadInput(f"cannot read {str(path)!r}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, TypeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError) as error:
         raise BadInput(
             f"{path}: expected a table per codec with ratio, encode_bytes_per_s, decode_bytes_per_s and error: {error}"
         ) from None
+    if strange := sorted(set(found) - set(codec_names())):
+        raise BadInput(f"{path}: there is no codec {strange[0]!r}; there are {', '.join(codec_names())}")
+    return found

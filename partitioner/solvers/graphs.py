@@ -239,7 +239,7 @@ def _plan(case: _Case, answered: tuple[_Answered, float], batch: int) -> Plan:
             # A plan that costs nothing is as fast as any.
             bound=min(scaled, reached) if case.goal == "latency" else max(min(scaled, own), SHORTEST_S),
             memory_bytes=dict(cost.memory_bytes),
-            bytes_per_link={f"{a}->{b}": size for (a, b), size in cost.link_bytes.items()},
+            bytes_per_link={f"{a}->{b}": round(size) for (a, b), size in cost.sent_bytes.items()},
             alternatives=chosen.alternatives,
             note=chosen.note,
         ),

@@ -89,7 +89,7 @@ def _point(subject: Subject, cluster: Cluster, bandwidth: float, objective: str,
     at = subject.bed.spec.client_at
     alone = [_option(subject, cluster, subject.alone(cluster, node.name), objective) for node in cluster.nodes]
     best_alone = min(alone, key=lambda option: option.predicted_s)
-    wishes = {"input_at": at} if at else {}
+    wishes = {"input_at": at, "margin": 0.0} if at else {"margin": 0.0}
     split = _option(subject, cluster, partitioner.plan(subject.profile, cluster, objective=objective, **wishes), objective)  # type: ignore[arg-type]
     options = alone if len(split.nodes) == 1 else [*alone, split]
     chosen, reason = best_alone, "the planner found no split"

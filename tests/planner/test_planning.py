@@ -225,3 +225,16 @@ def test_throughput_is_predicted_with_what_a_busy_node_takes_and_latency_with_wh
         (alone,) = made.alternatives
         assert (alone.latency_s, alone.throughput_per_s) == pytest.approx((made.latency_s, made.throughput_per_s))
         assert sum(s.seconds for s in plan(model, Cluster((node,)), objective=objective).stages) == pytest.approx(0.020)
+
+
+def test_near_the_break_even_one_node_is_chosen_and_the_plan_says_why() -> None:
+    """The second node is 25 times as slow: it can take a twenty-sixth of the work."""
+    model, nodes = profile_of(structure(30), 0.010, 0.0), cluster({"a": 0, "b": 0}, {"b": 25.0}, bandwidth=1e12, latency=0.0)
+    eager = plan(model, nodes, objective="throughput", margin=0.0, tolerance=0.0)
+    assert len(eager.stages) == 2
+    made = plan(model, nodes, objective="throughput", tolerance=0.0)
+    assert [stage.node for stage in made.stages] == ["a"]
+    assert made.prediction is not None
+    assert "only 3.3% better than node 'a' alone" in made.prediction.note
+    assert made.prediction.bound < 1 / made.prediction.throughput_per_s  # what was passed over stays in the gap
+    assert len(plan(model, nodes, objective="throughput", stages=2).stages) == 2  # asked for in so many words

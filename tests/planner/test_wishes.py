@@ -242,7 +242,8 @@ def test_bad_codec_figures_and_a_loss_that_cannot_be_kept() -> None:
 
 def test_options_become_wishes() -> None:
     given: dict[str, Any] = {
-        "stages": range(2, 4), "max_stages": None, "input_at": "", "output_at": "c", "max_accuracy_loss": 0.1, "lossless": False, "tolerance": 0.01, "at": (),
+        "stages": range(2, 4), "max_stages": None, "input_at": "", "output_at": "c", "max_accuracy_loss": 0.1, "lossless": False, "tolerance": 0.01,
+        "margin": 0.1, "at": (),
         "nodes": (), "pin": ("encoder.*=a",), "forbid": ("b", "a=op1"), "private": "a=3", "taken": ("a=1.5GiB,0.25", "b=10"),
         "link_codecs": ("a->b=zstd,raw",), "codec_figures": None,
     }  # fmt: skip
