@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from partitioner.options import FILE, Size, progress_bar
+from partitioner.options import FILE, Size, check_output, progress_bar
 from splitnet.cluster import Cluster
 from splitnet.plan import NodeRef, Plan
 
@@ -41,6 +41,8 @@ def bench(
       splitnet bench plan.json -o measured.json
       splitnet plan MODEL --cluster cluster.toml --from-bench measured.json -o better.json
     """
+    if output:
+        check_output(output)
     from partitioner.bench_report import report_text
     from partitioner.benching import bench as measure
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from partitioner.options import FILE, progress_bar, say
+from partitioner.options import FILE, check_output, progress_bar, say
+from splitnet.codecs import get_codec
 from splitnet.errors import BadInput
 from splitnet.explain import bytes_text, table
 
@@ -72,6 +73,12 @@ def calibrate(
     from partitioner.calibration_cache import CalibrationCache, default_directory
     from partitioner.resizing import at_sizes
 
+    if not data_file.is_file():
+        raise BadInput(f"--data: there is no file {str(data_file)!r}", remedy="give a file of your own samples")
+    if output:
+        check_output(output)
+    for name in codecs:
+        get_codec(name)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -93,23 +100,15 @@ def calibrate(
         click.echo(f"wrote {output}")
 
 
-def accuracy(
-    model: str, graph: ModelGraph, calibration_file: Path | None, data_file: Path | None, asked: Mapping[str, Any]
-) -> dict[str, Any]:
+def accuracy(model: str, graph: ModelGraph, given: Calibration | None, data_file: Path | None, asked: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments of `partitioner.plan` about accuracy: the calibration (the one given, else the last of this model), and, where a
     loss is allowed, what measures a plan's. Raises BadInput where that calibration's samples are not there any more."""
-    from partitioner.calibration import Calibration
     from partitioner.calibration_cache import CalibrationCache, default_directory
 
     budget = asked["max_accuracy_loss"]
-    if asked["lossless"] and budget:
-        raise BadInput("--lossless and --max-accuracy-loss contradict each other", remedy="give one of them")
     if "codecs" in asked:  # --codec-figures say what is lost
         return {}
-    if calibration_file is not None:
-        found: Calibration | None = Calibration.load(calibration_file)
-    else:
-        found = CalibrationCache(default_directory()).newest(graph.sha256)
+    found = given or CalibrationCache(default_directory()).newest(graph.sha256)
     if found is None:
         return {}
     found.check(graph.sha256)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from partitioner.bench_command import bench
-from partitioner.options import FILE, Size, measuring, progress_bar, say
+from partitioner.options import FILE, Size, check_folder, check_output, measuring, progress_bar, say
 from partitioner.wishes import wish_options, wishes
 from splitnet.cluster import Cluster
 from splitnet.errors import BadInput, BadPlan
@@ -51,6 +51,8 @@ def probe(addresses: tuple[str, ...], output: Path, budget_s: float, as_json: bo
     """
     from partitioner.bandwidth import matrix, survey
     from splitnet import background
+
+    check_output(output)
 
     with progress_bar("probing") as advance:
         found = background.run(survey(addresses, budget_s=budget_s, on_progress=advance))
@@ -102,6 +104,7 @@ def profile(
     Example: on every node
       splitnet profile hf:./minilm --cluster cluster.toml -o minilm.profile.json
     """
+    check_output(output)
     cluster = Cluster.load(cluster_file) if cluster_file else None
     graph = _load(model, _sizes(batch, sizes))
     measured = _measure(graph, cluster, threads, repeats, measured_by)
@@ -161,18 +164,28 @@ def plan(
       splitnet plan hf:./minilm --cluster cluster.toml -o plan.json --draw plan.html
     """
     import partitioner
+    from partitioner.asked import check_asked
     from partitioner.bench_report import BenchReport
     from partitioner.calibrate_command import accuracy
+    from partitioner.calibration import Calibration
     from partitioner.drawing import check_path, draw
     from partitioner.feedback import corrected
     from partitioner.profiling import Profile
     from partitioner.resizing import at_sizes
 
+    # All that can be wrong without the model is told now, and not after minutes of capturing and measuring.
     if picture:
-        check_path(picture)  # now, and not after minutes of measuring
+        check_path(picture)
+    check_output(output)
+    folder = check_folder(output, ".shards")
     asked = wishes(others)
     cluster = Cluster.load(cluster_file)
+    check_asked(cluster, **asked)
     given = Profile.load(profile_file) if profile_file else None
+    calibration = Calibration.load(calibration_file) if calibration_file else None
+    report = BenchReport.load(bench_file) if bench_file else None
+    if data_file and not data_file.is_file():
+        raise BadInput(f"--data: there is no file {str(data_file)!r}")
     wanted = _sizes(batch, sizes)
     for symbol, size in wanted.items():
         if given and given.structure.symbols.get(symbol) != size:
@@ -183,12 +196,12 @@ def plan(
         raise BadPlan(f"the profile {profile_file} is of another model ({given.structure.name})", remedy="profile this model again")
     graph = at_sizes(graph, given.structure.symbols if given else wanted)
     measured = given or _measure(graph, cluster, threads, 10 if others["scale"] else 3, others)
-    if bench_file:
-        measured, cluster = corrected(measured, cluster, BenchReport.load(bench_file))
-    asked |= accuracy(model, graph, calibration_file, data_file, asked)
+    if report:
+        measured, cluster = corrected(measured, cluster, report)
+    asked |= accuracy(model, graph, calibration, data_file, asked)
     chosen = partitioner.plan(measured, cluster, objective=objective, **asked)
     say("cutting the model")
-    shards = partitioner.cut(graph, chosen, output.with_suffix(".shards"))
+    shards = partitioner.cut(graph, chosen, folder)
     chosen = chosen.with_shards({stage: shard.sha256 for stage, shard in shards.items()})
     chosen.save(output)
     if picture:
@@ -198,7 +211,7 @@ def plan(
         click.echo(chosen.to_json(), nl=False)
         return
     click.echo(chosen.explain())
-    click.echo(f"\nwrote {output} and {output.with_suffix('.shards')}" + (f", and drew {picture}" if picture else ""))
+    click.echo(f"\nwrote {output} and {folder}" + (f", and drew {picture}" if picture else ""))
 
 
 def _free(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,9 @@ from typing import Any
 
 import click
 
-__all__ = ["FILE", "Share", "Size", "measuring", "progress_bar", "say"]
+from splitnet.errors import BadInput
+
+__all__ = ["FILE", "Share", "Size", "check_folder", "check_output", "measuring", "progress_bar", "say"]
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -40,6 +43,23 @@ class Share(click.ParamType[float]):
         if not 0 <= share < math.inf:
             self.fail(f"{value!r} is neither a percentage as 0.5% nor a share as 0.005", param, ctx)
         return share
+
+
+def check_output(path: Path) -> None:
+    """Raises BadInput for a file that could not be written: to be asked before long work whose result is to stand there."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise BadInput(f"cannot write {str(path)!r}: there is no folder {str(folder)!r}", remedy="make the folder first")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise BadInput(f"cannot write {str(path)!r}: it is not yours to write", remedy="give another -o")
+
+
+def check_folder(output: Path, suffix: str) -> Path:
+    """The folder of that suffix beside a file that is to be written. Raises BadInput where there can be none."""
+    folder = output.with_suffix(suffix)
+    if folder == output or (folder.exists() and not folder.is_dir()):
+        raise BadInput(f"a folder {str(folder)!r} is to stand beside {str(output)!r}, and cannot", remedy="give another -o, as plan.json")
+    return folder
 
 
 def measuring(command: Callable[..., None]) -> Callable[..., None]:

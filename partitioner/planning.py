@@ -7,13 +7,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from partitioner.accuracy import MeasureLoss, choices, within
+from partitioner.asked import check_asked
 from partitioner.calibration import Calibration
 from partitioner.cost import CodecFigures
 from partitioner.draft import Draft
 from partitioner.draft_bounds import bound_s, cuts_for_two
 from partitioner.profiling import Profile
 from partitioner.solvers.choosing import pipeline_depth
-from partitioner.solvers.constraints import Constraints, matching, stage_range
+from partitioner.solvers.constraints import matching
 from partitioner.solvers.diagnose import why_no_plan
 from partitioner.solvers.graphs import check_objective
 from partitioner.solvers.linear import alternatives, best_in_order
@@ -22,7 +23,6 @@ from partitioner.solvers.problem import Candidate, Objective
 from partitioner.solvers.refine import fewest_bytes, refine, thrift_note
 from partitioner.worthwhile import MARGIN, why_alone, worth_splitting
 from splitnet.cluster import Cluster
-from splitnet.codecs import codec_names
 from splitnet.errors import BadInput, NoPlan
 from splitnet.explain import bytes_text
 from splitnet.plan import Alternative, NodeRef, Plan, Prediction
@@ -74,22 +74,12 @@ def plan(
     """
     goal = check_objective(objective)
     names = tuple(node.name for node in cluster.nodes)
-    for name in (*forbid, *(nodes or ())):
-        cluster.node(name)
-    if not 0 <= tolerance < 1:
-        raise BadInput(f"tolerance must be within [0, 1), got {tolerance}")
-    wishes = Constraints(
-        pin=pin or {}, forbid=() if isinstance(forbid, Mapping) else tuple(forbid), forbid_operators=forbid if isinstance(forbid, Mapping) else {},
-        input_at=input_at, output_at=output_at, private=private, taken=taken or {}, link_codecs=link_codecs or {},
-        max_accuracy_loss=max_accuracy_loss,
+    beforehand = check_asked(
+        cluster, stages=stages, max_stages=max_stages, forbid=forbid, at=at, nodes=nodes, codecs=codecs, lossless=lossless,
+        max_accuracy_loss=max_accuracy_loss, tolerance=tolerance, margin=margin, pin=pin, input_at=input_at, output_at=output_at,
+        private=private, taken=taken, link_codecs=link_codecs,
     )  # fmt: skip
-    usable = [node for node in cluster.nodes if node.name not in wishes.forbid]
-    if not usable:
-        raise NoPlan("every node of the cluster is forbidden", remedy="leave at least one")
-    if nodes is not None and at is None:
-        raise BadInput("`nodes` gives the order of nodes for cuts by hand; it needs `at`")
-    wishes.check(names, (*codec_names(), *(codecs or ())))
-    chosen = usable if nodes is None else [cluster.node(name) for name in nodes]
+    wishes, chosen = beforehand.wishes, beforehand.chosen
 
     def best(figures: Mapping[str, CodecFigures], budget: float | None) -> Plan:
         permitted = {pair: [name for name in usable_there if name in figures] for pair, usable_there in wishes.link_codecs.items()}
@@ -97,7 +87,7 @@ def plan(
         draft = Draft.make(profile, cluster, chosen, asked, figures, goal).restricted()
         if at is not None:
             return _manual(draft, goal, at)
-        return _best(draft, goal, stage_range(len(usable), stages, max_stages), tolerance, margin)
+        return _best(draft, goal, beforehand.stages, tolerance, margin)
 
     if codecs is not None:
         given = codecs if "raw" in codecs else {"raw": CodecFigures(), **codecs}

@@ -90,7 +90,18 @@ def test_the_whole_way_by_commands(boxes: LocalCluster, shop: Path, capsys: pyte
     assert set(measured.columns) == {HERE, "a", "b", "c"}
     assert measured.columns["a"].how.startswith("measured on node 'a', engine torch-graph, 1 thread")
 
-    planning = ["py:planner_shop:build", "--cluster", "cluster.toml", "--profile", "m.profile.json", "--stages", "3", "-o", "plan.json"]
+    planning = [
+        "py:planner_shop:build",
+        "--cluster",
+        "cluster.toml",
+        "--profile",
+        "m.profile.json",
+        "--stages",
+        "3",
+        "--lossless",
+        "-o",
+        "plan.json",
+    ]
     assert run(cli.plan, *planning) == 0
     assert "3 stages on 3 nodes" in capsys.readouterr().out
     plan = Plan.load("plan.json")
