@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nodes.admission import Admission
+from nodes.codec_choice import CodecChooser, CodecOnLink, chooser_of
 from nodes.engines.base import Engine
+from nodes.goodput import Goodput
 from nodes.line import Line
 from nodes.link import Link
 from splitnet.batching import BatchAxes
@@ -23,11 +25,16 @@ __all__ = ["Deployment", "Route", "Stage"]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where one value goes. `stage` CLIENT: to the ingress, as a part of the answer."""
+    """Where one value goes. `stage` CLIENT: to the ingress, as a part of the answer. `chooser`: where the codec may change while serving."""
 
     stage: str
     node: str
     codec: str
+    chooser: CodecChooser | None = None
+
+    def coding(self, goodput: Goodput) -> str | CodecOnLink:
+        """The codec, or who chooses one; equal for values that can be encoded once for all."""
+        return self.codec if self.chooser is None else CodecOnLink(self.chooser, goodput)
 
 
 @dataclass(slots=True, eq=False)
@@ -83,6 +90,18 @@ class Deployment:
             self._waker.cancel()
         self._waker = timer
 
+    def choosers(self) -> list[tuple[str, Route, CodecChooser]]:
+        """The transfers from this node whose codec may change: source, where one of its values goes, and who chooses."""
+        sources = {CLIENT: self.input_routes if self.is_ingress else {}} | {stage.spec.name: stage.routes for stage in self.stages.values()}
+        found = {
+            route.chooser: (source, route, route.chooser)
+            for source, values in sources.items()
+            for targets in values.values()
+            for route in targets
+            if route.chooser is not None and route.node != self.node.name
+        }
+        return list(found.values())
+
     @property
     def reserved_bytes(self) -> int:
         return sum(stage.reserved_bytes for stage in self.stages.values())
@@ -112,6 +131,7 @@ def routes(plan: Plan, source: str) -> dict[str, tuple[Route, ...]]:
     for transfer in plan.transfers:
         if transfer.source == source:
             node = plan.ingress.name if transfer.target == CLIENT else plan.stage(transfer.target).node
+            chooser = chooser_of(plan, transfer)
             for tensor in transfer.tensors:
-                found[tensor] = (*found.get(tensor, ()), Route(transfer.target, node, transfer.codec))
+                found[tensor] = (*found.get(tensor, ()), Route(transfer.target, node, transfer.codec, chooser))
     return found

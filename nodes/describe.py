@@ -41,7 +41,7 @@ class Describer:
             memory_limit_bytes=config.memory_bytes,
             memory_used_bytes=self._installer.reserved_bytes,
             deployments=[self._deployment(d) for d in shown],
-            links=[_link(link) for link in self._links],
+            links=[_link(link, shown) for link in self._links],
             device="cpu",
             threads=config.threads,
             engines=engine_names(),
@@ -95,7 +95,8 @@ def _stage(s: Stage) -> pb.StageStatus:
     )
 
 
-def _link(link: Link) -> pb.LinkStatus:
+def _link(link: Link, deployments: Iterable[Deployment]) -> pb.LinkStatus:
+    goodput = link.goodput
     return pb.LinkStatus(
         target=link.target.name,
         address=link.target.address,
@@ -103,6 +104,17 @@ def _link(link: Link) -> pb.LinkStatus:
         raw_bytes=link.outbox.raw_bytes,
         frames=link.outbox.frames,
         connected=link.connected,
+        goodput_bytes_per_s=goodput.bytes_per_s(time.monotonic()),
+        round_trip_s=goodput.round_trip_s if link.connected else 0.0,
+        queued_bytes=link.outbox.queued_bytes,
+        unacknowledged_bytes=goodput.unacknowledged_bytes,
+        codecs=[
+            pb.CodecInUse(deployment=d.name, source=source, target=route.stage, codec=chooser.codec, switches=chooser.switches)
+            for d in deployments
+            if d.links.get(link.target.name) is link
+            for source, route, chooser in d.choosers()
+            if route.node == link.target.name
+        ],
     )
 
 

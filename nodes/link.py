@@ -12,6 +12,7 @@ from typing import Protocol
 import grpc
 import grpc.aio
 
+from nodes.goodput import Goodput
 from nodes.logs import Log
 from nodes.outbox import EncodedTensor, Outbox, Parcel
 from nodes.requests import RequestKey
@@ -49,7 +50,8 @@ class Link:
     def __init__(self, source: NodeRef, target: NodeRef, events: LinkEvents, log: Log) -> None:
         self.source = source
         self.target = target
-        self.outbox = Outbox()
+        self.goodput = Goodput()
+        self.outbox = Outbox(self.goodput)
         self.connected = False
         self.users = 0
         self._events = events
@@ -152,12 +154,15 @@ class Link:
             call = forward_stream(channel)(metadata=grpc.aio.Metadata((NAME_KEY, self.source.name), (ADDRESS_KEY, self.source.address)))
             try:
                 async with asyncio.timeout(_CONNECT_S):
+                    await _connected(channel)
+                    asked_s = time.monotonic()
                     greeting = await read_frame(call, address)
             except TimeoutError:
                 raise NodeUnavailable(f"{address} did not answer within {_CONNECT_S:g} s") from None
             if greeting is None:
                 raise NodeUnavailable(f"{address} ended the stream at once")
             self.connected = True
+            self.goodput.restart(time.monotonic() - asked_s, greeting.frame.HasField("received"))
             self._log.info("link up")
             await self._converse(call)
         finally:
@@ -183,7 +188,10 @@ class Link:
     async def _listen(self, call: FrameCall) -> None:
         while (message := await read_frame(call, self.target.address)) is not None:
             frame = message.frame
-            if frame.HasField("failure"):
+            if frame.HasField("received"):
+                self.goodput.arrived(time.monotonic())
+                self.outbox.has_room_again()
+            elif frame.HasField("failure"):
                 self._events.refused(self, RequestKey(frame.deployment, frame.ingress, frame.request), from_failure(frame.failure))
         raise NodeUnavailable(f"{self.target.address} ended the stream")
 
@@ -206,6 +214,12 @@ class Link:
         except TimeoutError:
             pass
         self._hurry.clear()
+
+
+async def _connected(channel: grpc.aio.Channel) -> None:
+    """Or the attempt has failed, which the call then says."""
+    while (state := channel.get_state(try_to_connect=True)) in (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING):
+        await channel.wait_for_state_change(state)
 
 
 class Links:

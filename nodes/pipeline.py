@@ -195,8 +195,9 @@ class Pipeline:
 
     def _deliver(self, request: Request, name: str, array: np.ndarray, targets: tuple[Route, ...], stage: Stage | None) -> None:
         own = request.deployment.node.name
-        takers = Counter(route.codec for route in targets if route.node != own)
-        encoded = {codec: EncodedTensor(name, array, codec, self.pool, count) for codec, count in takers.items()}
+        links = request.deployment.links
+        takers = Counter(route.coding(links[route.node].goodput) for route in targets if route.node != own)
+        encoded = {coding: EncodedTensor(name, array, coding, self.pool, count) for coding, count in takers.items()}
 
         def sent(parcel: Parcel) -> None:
             if stage is not None:
@@ -217,8 +218,9 @@ class Pipeline:
                 self._arrive(request, route.stage, name, array)
             else:
                 request.unsent += 1
-                link = request.deployment.links[route.node]
-                request.hold(link.send(request.key, route.stage, request.deadline_s, encoded[route.codec], sent, failed), array.nbytes)
+                link = links[route.node]
+                tensor = encoded[route.coding(link.goodput)]
+                request.hold(link.send(request.key, route.stage, request.deadline_s, tensor, sent, failed), array.nbytes)
 
     def _close_if_done(self, request: Request) -> None:
         if request.live and request.owner is None and request.done:

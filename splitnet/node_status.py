@@ -13,7 +13,7 @@ from splitnet.errors import BadPlan, ProtocolError, ServiceError
 from splitnet.plan import NodeRef, Plan
 from splitnet.rpc.v1 import node_pb2 as pb
 
-__all__ = ["DeploymentStatus", "LinkStatus", "NodeStatus", "StageStatus", "describe_node", "status_of"]
+__all__ = ["CodecInUse", "DeploymentStatus", "LinkStatus", "NodeStatus", "StageStatus", "describe_node", "status_of"]
 
 DESCRIBE_TIMEOUT_S = 10.0
 
@@ -37,7 +37,9 @@ class StageStatus:
 
 @dataclass(frozen=True, slots=True)
 class LinkStatus:
-    """An outbound link: payload bytes after (`sent_bytes`) and before (`raw_bytes`) the codec."""
+    """An outbound link: payload bytes after (`sent_bytes`) and before (`raw_bytes`) the codec. `goodput_bytes_per_s`: what it has lately
+    delivered while there was something to send; 0 where that is not known. `queued_bytes`: before the codec, not handed to the network yet.
+    `codecs`: of the transfers whose codec may change."""
 
     target: str
     address: str
@@ -45,6 +47,22 @@ class LinkStatus:
     raw_bytes: int
     frames: int
     connected: bool
+    goodput_bytes_per_s: float = 0.0
+    round_trip_s: float = 0.0
+    queued_bytes: int = 0
+    unacknowledged_bytes: int = 0
+    codecs: tuple[CodecInUse, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CodecInUse:
+    """A transfer of a deployment (stages; "" is the client's side) and the codec that it uses now. `switches`: since activation."""
+
+    deployment: str
+    source: str
+    target: str
+    codec: str
+    switches: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +145,23 @@ def _from_reply(name: str, address: str, reply: pb.DescribeReply) -> NodeStatus:
         draining=reply.draining,
         insecure=reply.insecure,
         deployments=tuple(_deployment(deployment) for deployment in reply.deployments),
-        links=tuple(LinkStatus(s.target, s.address, s.sent_bytes, s.raw_bytes, s.frames, s.connected) for s in reply.links),
+        links=tuple(_link(link) for link in reply.links),
+    )
+
+
+def _link(status: pb.LinkStatus) -> LinkStatus:
+    return LinkStatus(
+        status.target,
+        status.address,
+        status.sent_bytes,
+        status.raw_bytes,
+        status.frames,
+        status.connected,
+        goodput_bytes_per_s=status.goodput_bytes_per_s,
+        round_trip_s=status.round_trip_s,
+        queued_bytes=status.queued_bytes,
+        unacknowledged_bytes=status.unacknowledged_bytes,
+        codecs=tuple(CodecInUse(c.deployment, c.source, c.target, c.codec, c.switches) for c in status.codecs),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from splitnet.documents import load_document
 from splitnet.errors import BadPlan
 from splitnet.tensors import TensorSpec
 
-__all__ = ["CLIENT", "PLAN_VERSION", "Alternative", "NodeRef", "OutputSpec", "Plan", "Prediction", "StageSpec", "Transfer"]
+__all__ = ["CLIENT", "PLAN_VERSION", "Alternative", "CodecOption", "NodeRef", "OutputSpec", "Plan", "Prediction", "StageSpec", "Transfer"]
 
 PLAN_VERSION = 1
 CLIENT = ""  #: the stage name that stands for the client's side of the ingress, in `Transfer.source` and `.target`
@@ -54,15 +55,29 @@ class StageSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class CodecOption:
+    """A codec that a transfer may use: how many times fewer bytes it is expected to make, and the bytes that it encodes on the source's
+    node and decodes on the target's, per second, before the codec."""
+
+    name: str
+    ratio: float
+    encode_bytes_per_s: float
+    decode_bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Transfer:
     """Values that go from one stage to another. `source` CLIENT: a model input, sent on by the ingress. `target` CLIENT: a model
-    output, sent back to the ingress. `bytes` is for the profile's batch, before the codec."""
+    output, sent back to the ingress. `bytes` is for the profile's batch, before the codec. `codecs`: the nodes may change to any of these while
+    they serve, tensor by tensor, and start with `codec`, which is among them; empty: it stays `codec`. Whatever is chosen on all transfers, the
+    accuracy that the plan was made for is kept."""
 
     source: str
     target: str
     tensors: tuple[str, ...]
     codec: str = "raw"
     bytes: int = 0
+    codecs: tuple[CodecOption, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +101,7 @@ class Alternative:
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """For batches of `batch` items, and the other sizes in `symbols`. `throughput_per_s` counts batches. `memory_bytes` is per node;
-    `bytes_per_link` is keyed "a->b". `bound` is a proven lower bound of the objective (seconds: latency, or the bottleneck's time per batch)."""
+    `bytes_per_link` is keyed "a->b", and after the codec. `bound` is a proven lower bound of the objective (seconds: latency, or the bottleneck's time per batch)."""
 
     batch: int
     latency_s: float
@@ -230,6 +245,7 @@ def _check(plan: Plan) -> None:
     sent: dict[str, list[str]] = {name: [] for name in awaited}
     for transfer in plan.transfers:
         where = f"transfer {transfer.source or 'client'!r} -> {transfer.target or 'client'!r}"
+        _check_codecs(transfer, where)
         if transfer.source not in available or transfer.target not in awaited:
             raise BadPlan(f"{where}: no such stage")
         if transfer.source and transfer.target and order[transfer.source] >= order[transfer.target]:
@@ -245,3 +261,13 @@ def _check(plan: Plan) -> None:
         missing = sorted(awaited[target] - set(tensors))
         if missing:
             raise BadPlan(f"nothing sends {missing[0]!r} to {target or 'the client'!r}")
+
+
+def _check_codecs(transfer: Transfer, where: str) -> None:
+    names = [option.name for option in transfer.codecs]
+    if names and (transfer.codec not in names or len(set(names)) != len(names)):
+        raise BadPlan(f"{where}: `codecs` must name each codec once, and {transfer.codec!r} among them; they are {', '.join(names)}")
+    for option in transfer.codecs:
+        figures = (option.ratio, option.encode_bytes_per_s, option.decode_bytes_per_s)
+        if not all(0 < figure < math.inf for figure in figures):
+            raise BadPlan(f"{where}: codec {option.name!r}: expected positive, finite figures, got {figures}")

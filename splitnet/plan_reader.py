@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from splitnet.batching import Batching
 from splitnet.errors import BadInput, BadPlan
-from splitnet.plan import Alternative, NodeRef, OutputSpec, Plan, Prediction, StageSpec, Transfer
+from splitnet.plan import Alternative, CodecOption, NodeRef, OutputSpec, Plan, Prediction, StageSpec, Transfer
 from splitnet.tensors import TensorSpec
 
 __all__ = ["read_plan"]
@@ -34,7 +34,7 @@ class _Reader:
             Plan, d,
             nodes=lambda v, p: self._each(v, p, NodeRef),
             stages=lambda v, p: self._each(v, p, StageSpec, inputs=self._specs, outputs=self._specs, operators=self._strings),
-            transfers=lambda v, p: self._each(v, p, Transfer, tensors=self._strings),
+            transfers=lambda v, p: self._each(v, p, Transfer, tensors=self._strings, codecs=lambda w, q: self._each(w, q, CodecOption)),
             inputs=self._specs,
             outputs=lambda v, p: self._each(v, p, OutputSpec, spec=self._spec),
             batching=lambda v, p: self._make(Batching, v, p),
