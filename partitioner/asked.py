@@ -8,6 +8,7 @@ from typing import Any
 
 from partitioner.constants import codec_figures
 from partitioner.cost import CodecFigures
+from partitioner.solvers.arguments import check_kinds
 from partitioner.solvers.constraints import Constraints, stage_range
 from splitnet.cluster import Cluster, ClusterNode
 from splitnet.codecs import codec_names
@@ -43,6 +44,11 @@ def check_asked(
 ) -> Asked:
     """The keywords are those of `partitioner.plan`. Raises BadInput or BadCluster for what does not exist or contradicts itself, NoPlan where
     no node is left, or too few."""
+    check_kinds(
+        stages=stages, max_stages=max_stages, forbid=forbid, at=at, nodes=nodes, figures=codecs, lossless=lossless, max_accuracy_loss=max_accuracy_loss,
+        tolerance=tolerance, margin=margin, **wished,
+    )  # fmt: skip
+    forbid = forbid or ()
     names = tuple(node.name for node in cluster.nodes)
     for name in (*forbid, *(nodes or ())):
         cluster.node(name)
@@ -65,13 +71,7 @@ def check_asked(
     _check_cuts(at, nodes, wishes.forbid, len(chosen))
     if at is not None and (stages is not None or max_stages is not None):
         raise BadInput(f"cuts by hand say how many stages there are: {len(at) + 1}", remedy="leave `stages` and `max_stages` away")
-    allowed = stage_range(len(usable), stages, max_stages)
-    most = min(len(usable), max_stages or len(usable))
-    if allowed.start > most:
-        raise NoPlan(
-            f"at least {allowed.start} stages were asked for, and at most {most} can be", remedy="ask for fewer stages, or add nodes"
-        )
-    return Asked(wishes, usable, chosen, allowed)
+    return Asked(wishes, usable, chosen, stage_range(len(usable), stages, max_stages))
 
 
 def _check_cuts(at: Sequence[str] | None, nodes: Sequence[str] | None, forbid: Collection[str], available: int) -> None:

@@ -13,6 +13,7 @@ from partitioner.cost import CodecFigures
 from partitioner.draft import Draft
 from partitioner.draft_bounds import bound_s, cuts_for_two
 from partitioner.profiling import Profile
+from partitioner.solvers.arguments import check_kinds
 from partitioner.solvers.choosing import pipeline_depth
 from partitioner.solvers.constraints import matching
 from partitioner.solvers.diagnose import why_no_plan
@@ -72,6 +73,16 @@ def plan(
     tensor charged at its cut; the best ones are laid out, evaluated as they will run, and improved by local search. Raises BadInput or
     BadCluster for what does not exist, NoPlan saying what is missing.
     """
+    if not isinstance(profile, Profile) or not isinstance(cluster, Cluster):
+        raise BadInput(
+            f"expected a Profile and a Cluster, got {type(profile).__name__} and {type(cluster).__name__}",
+            remedy="make them with `partitioner.profile` and `splitnet.Cluster.load`",
+        )
+    if calibration is not None and not isinstance(calibration, Calibration):
+        raise BadInput(
+            f"calibration: expected a Calibration, got {type(calibration).__name__}", remedy="make one with `splitnet calibrate`"
+        )
+    check_kinds(objective=objective)
     goal = check_objective(objective)
     names = tuple(node.name for node in cluster.nodes)
     beforehand = check_asked(

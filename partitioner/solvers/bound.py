@@ -70,8 +70,8 @@ def latency_bound(instance: Instance) -> float:
     scale = best / max(float(instance.param_bytes.sum()), 1.0)
     for step in range(_MEMORY_STEPS):
         value, held = _walk(instance, path, prices)
-        priced = instance.possible * 0 + (prices[:, None] * instance.param_bytes)[:, :]
-        cheapest = np.where(np.isfinite(priced), priced, np.inf)[:, outside].argmin(axis=0)
+        priced = np.where(np.isfinite(instance.possible), prices[:, None] * instance.param_bytes, np.inf)
+        cheapest = priced[:, outside].argmin(axis=0)
         value += float(np.take_along_axis(priced[:, outside], cheapest[None], axis=0).sum()) if outside.any() else 0.0
         held += np.bincount(cheapest, weights=instance.param_bytes[outside], minlength=len(held))
         value -= float(prices[prices > 0] @ room[prices > 0])

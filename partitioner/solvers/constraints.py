@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -64,8 +65,10 @@ class Constraints:
                 if name not in codecs:
                     raise BadInput(f"link {a!r} -> {b!r}: there are no figures for the codec {name!r}; there are for {', '.join(codecs)}")
         for node, (size, share) in self.taken.items():
-            if not (size >= 0 and 0 <= share < 1):
-                raise BadInput(f"taken: node {node!r}: bytes must not be negative and the share be within [0, 1), got {size}, {share}")
+            if not (0 <= size < math.inf and 0 <= share < 1):
+                raise BadInput(
+                    f"taken: node {node!r}: bytes must be finite and not negative, and the share be within [0, 1), got {size}, {share}"
+                )
         if self.max_accuracy_loss is not None and not self.max_accuracy_loss >= 0:
             raise BadInput(f"max_accuracy_loss must not be negative, got {self.max_accuracy_loss}")
         if self.private and self.input_at and self.private[0] != self.input_at:
@@ -127,7 +130,7 @@ def allowed_operators(wishes: Constraints, devices: Sequence[str], operators: Se
 
 
 def _first(which: int | str, operators: Sequence[Operator]) -> list[int]:
-    if isinstance(which, int):
+    if not isinstance(which, str):
         if which < 0:
             raise BadInput(f"private: how many layers must not be negative, got {which}")
         return [i for i, o in enumerate(operators) if o.counts][:which]
@@ -150,8 +153,9 @@ def stage_range(devices: int, stages: int | range | None, max_stages: int | None
     for name, figure in (("stages", low), ("max_stages", max_stages)):
         if figure is not None and figure < 1:
             raise BadInput(f"{name} must be at least 1, got {figure}")
-    if isinstance(stages, range) and low > devices:
-        raise NoPlan(f"at least {low} stages were asked for, but there are {devices} nodes", remedy="ask for fewer stages, or add nodes")
-    if max_stages is not None and not isinstance(stages, int):
-        high = min(high, max_stages)
-    return range(low, high + 1)
+    asked = f"{'at least ' if isinstance(stages, range) else ''}{low} stages were asked for"
+    if low > devices:
+        raise NoPlan(f"{asked}, but there are {devices} nodes", remedy="ask for fewer stages, or add nodes")
+    if max_stages is not None and low > max_stages:
+        raise NoPlan(f"{asked}, and at most {max_stages}", remedy="take back one of the two")
+    return range(low, min(high, max_stages or high) + 1)

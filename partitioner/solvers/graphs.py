@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from partitioner.cost import RAW, SHORTEST_S, CodecFigures, Overhead
+from partitioner.solvers.arguments import check_kinds
 from partitioner.solvers.choosing import Chosen, Question, choose_plan, pipeline_depth
 from partitioner.solvers.constraints import Constraints, allowed_operators, matching, stage_range
 from partitioner.solvers.problem import Objective, Overheads
@@ -74,18 +75,28 @@ def solve(
 
     Raises BadInput naming the item that is wrong, NoPlan saying what is missing where.
     """
+    check_kinds(
+        devices=devices, links=links, objective=objective, codecs=codecs, stages=stages, max_stages=max_stages, pin=pin, forbid=forbid, at=at,
+        input_at=input_at, output_at=output_at, private=private, taken=taken, link_codecs=link_codecs, max_accuracy_loss=max_accuracy_loss,
+        overheads=overheads, batch=batch, microbatches=microbatches, tolerance=tolerance,
+    )  # fmt: skip
     goal = check_objective(objective)
     if not devices:
         raise BadInput("there is no device to plan for")
     figures = _codec_figures(codecs)
     wishes = Constraints(
-        pin=pin or {}, forbid=() if isinstance(forbid, Mapping) else tuple(forbid),
+        pin=pin or {}, forbid=() if isinstance(forbid, Mapping) else tuple(forbid or ()),
         forbid_operators=forbid if isinstance(forbid, Mapping) else {}, input_at=input_at, output_at=output_at, private=private,
         taken=taken or {}, link_codecs=link_codecs or {}, max_accuracy_loss=max_accuracy_loss,
     )  # fmt: skip
     wishes.check(tuple(devices), tuple(figures))
     if not 0 <= tolerance < 1:
         raise BadInput(f"tolerance must be within [0, 1), got {tolerance}")
+    if strange := sorted(set(overheads or ()) - set(devices)):
+        raise BadInput(f"overheads: there is no device {strange[0]!r}; there are {', '.join(devices)}")
+    for name, overhead in (overheads or {}).items():
+        for what in ("stage_s", "message_s", "request_s"):
+            figure(getattr(overhead, what), f"overheads: {what} of {name!r}")
     limits = {name: figure(size, f"device {name!r}: memory", infinite=True) for name, size in devices.items()}
     sizes = _microbatches(batch, microbatches)
     case = _Case(graph, limits, read_links(links, tuple(devices)), goal, figures, wishes, dict(overheads or {}), tolerance, batch)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from partitioner.cost import CodecFigures
+from partitioner.solvers.arguments import is_number
 from partitioner.solvers.constraints import Operator
 from partitioner.solvers.placement import Placement, Realised
 from partitioner.solvers.problem import ChainProblem, Codecs, Floats, Overheads, interval_ends, interval_memory
@@ -189,9 +190,12 @@ def _spec(value: Value) -> TensorSpec:
 
 def figure(value: Any, what: str, *, positive: bool = False, infinite: bool = False) -> float:
     """Raises BadInput, naming `what`, unless `value` is a number that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+    if not is_number(value):
         raise BadInput(f"{what}: expected a number, got {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise BadInput(f"{what}: expected a number below 1e308, got one of {value.bit_length()} bits") from None
     if not (number > 0 if positive else number >= 0) or (not infinite and math.isinf(number)):
         raise BadInput(f"{what}: expected a {'positive figure' if positive else 'figure that is not negative'}, got {value!r}")
     return number
@@ -202,11 +206,15 @@ def read_graph(graph: networkx.DiGraph, devices: Sequence[str], items: int = 1) 
     `partitioner.solve`."""
     import networkx  # only where a graph is given
 
+    if not isinstance(graph, networkx.Graph):
+        raise BadInput(f"expected a networkx.DiGraph, got {type(graph).__name__}")
+    if not graph.is_directed():
+        raise BadInput("the graph has no directions: its edges do not say what is made before what", remedy="give a networkx.DiGraph")
     if graph.number_of_nodes() == 0:
         raise BadInput("the graph has no vertex")
     if not networkx.is_directed_acyclic_graph(graph):
-        cycle = " -> ".join(str(edge[0]) for edge in networkx.find_cycle(graph))
-        raise BadInput(f"the graph has a cycle: {cycle}", remedy="only graphs without cycles can be divided")
+        cycle = [str(edge[0]) for edge in networkx.find_cycle(graph)]
+        raise BadInput(f"the graph has a cycle: {' -> '.join([*cycle, cycle[0]])}", remedy="only graphs without cycles can be divided")
     vertices = _in_order(graph)
     if len({str(v) for v in vertices}) != len(vertices):
         raise BadInput("two vertices of the graph have the same name as text")
@@ -338,7 +346,10 @@ def _values(graph: networkx.DiGraph, vertices: Sequence[Any], place: Mapping[Any
         for _, user, attributes in graph.out_edges(vertex, data=True):
             size = items * _size(attributes, f"edge {vertex!r} -> {user!r}", "bytes", required=True)
             key = attributes.get("tensor", size)
-            before, users = tensors.get(key, (0, []))
+            try:
+                before, users = tensors.get(key, (0, []))
+            except TypeError:
+                raise BadInput(f"edge {vertex!r} -> {user!r}: tensor: expected a name, got {key!r}") from None
             tensors[key] = max(before, size), [*users, place[user]]
         answer = not tensors
         if answer and (size := items * _size(graph.nodes[vertex], f"vertex {vertex!r}", "output_bytes")):

@@ -204,8 +204,12 @@ def test_a_missing_link_is_named() -> None:
 
 
 def test_more_stages_than_operators() -> None:
-    with pytest.raises(NoPlan, match="3 stages were asked for, but there are 2 places"):
+    with pytest.raises(NoPlan, match="3 stages were asked for, but there are 2 nodes"):
         solve(pair(), {"a": 1e9, "b": 1e9}, BOTH, stages=3)
+    one = networkx.DiGraph()
+    one.add_node("only", seconds={"a": 1.0, "b": 1.0})
+    with pytest.raises(NoPlan, match="2 stages were asked for, but there are 1 places"):
+        solve(one, {"a": 1e9, "b": 1e9}, BOTH, stages=2)
 
 
 @pytest.mark.parametrize(
