@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 from partitioner.drawing.canvas import GRID, INK, MUTED, PAPER, Sheet, new_sheet, save, stage_colour, style
 from partitioner.drawing.model_graph import model_picture
 from partitioner.drawing.pareto import Pareto
-from partitioner.drawing.studies import Planner, choices, front, large, stage_counts, sweep
+from partitioner.drawing.studies import Planner, choices, front, left_out, stage_counts, sweep
 from partitioner.drawing.sweeping import Sweep, figures
 from partitioner.drawing.timeline import timeline
 from partitioner.profiling import Profile
@@ -90,7 +90,7 @@ def _comparisons(plan: Plan, profile: Profile, cluster: Cluster, planner: Planne
     found = choices(plan, profile, cluster, planner)
     counts = stage_counts(profile, cluster)
     stages = "every number of" if counts == list(range(2, len(cluster.nodes) + 1)) else ", ".join(map(str, counts))
-    limit = " and at most six stages" if large(profile, cluster) else ""
+    not_compared, not_swept = left_out(profile, cluster)
     best = front(found)
     rows = [("", "latency", "requests/s", "")]
     rows += [(c.label, seconds_text(c.latency_s), f"{c.throughput_per_s:.3g}", "best of its kind" if c in best else "") for c in found]
@@ -98,7 +98,7 @@ def _comparisons(plan: Plan, profile: Profile, cluster: Cluster, planner: Planne
         Panel(
             "What there is to choose from",
             f"Each point is a plan: the best for latency and the best for throughput with {stages} stages, and each node alone; "
-            "of those within 2% of each other, one. On the line are those that no other beats in both.",
+            f"of those within 2% of each other, one. On the line are those that no other beats in both.{not_compared}",
             Pareto(tuple(found)),
             tuple(rows),
         )
@@ -108,8 +108,8 @@ def _comparisons(plan: Plan, profile: Profile, cluster: Cluster, planner: Planne
         panels.append(
             Panel(
                 "The best cut against bandwidth",
-                f"Planned anew, for {plan.objective}, with every link at that bandwidth and its latency as it is{limit}. Where the line lies on a "
-                "node's own, splitting would not help.",
+                f"Planned anew, for {plan.objective}, with every link at that bandwidth and its latency as it is. Where the line lies on a "
+                f"node's own, splitting would not help.{not_swept}",
                 Sweep(plan.objective, node_colours(plan, cluster), tuple(points)),
                 (("bandwidth", "best", "nodes in order", "sent"), *figures(plan.objective, points)),
             )

@@ -13,11 +13,12 @@ from splitnet.cluster import Cluster
 from splitnet.errors import NoPlan
 from splitnet.plan import Alternative, Plan
 
-__all__ = ["Choice", "Planner", "Share", "SweepPoint", "choices", "front", "large", "stage_counts", "sweep"]
+__all__ = ["Choice", "Planner", "Share", "SweepPoint", "choices", "front", "large", "left_out", "stage_counts", "sweep"]
 
 Planner = Callable[..., Plan]  #: `partitioner.plan`, perhaps with constraints bound to it
-_MOST_STAGES = 6
-_LARGE = 20_000  # operators x nodes
+_MOST_STAGES, _MOST_OF_LARGE = 6, 4
+_LARGE = 20_000  # operators x nodes: with 1,000 operators and 64 nodes a plan of four stages takes about four seconds
+_EVERY_OF_LARGE = 5  # bandwidths
 _BITS = 8
 _SAME = 0.02  # relative
 
@@ -59,7 +60,19 @@ def large(profile: Profile, cluster: Cluster) -> bool:
 
 def stage_counts(profile: Profile, cluster: Cluster) -> list[int]:
     """The numbers of stages that are compared."""
-    return list(range(2, min(len(cluster.nodes), _MOST_STAGES) + 1, 2 if large(profile, cluster) else 1))
+    few = large(profile, cluster)
+    return list(range(2, min(len(cluster.nodes), _MOST_OF_LARGE if few else _MOST_STAGES) + 1, 2 if few else 1))
+
+
+def left_out(profile: Profile, cluster: Cluster) -> tuple[str, str]:
+    """What of it is not planned for want of time, in a sentence each: of the numbers of stages, and of the bandwidths. Empty: nothing."""
+    if not large(profile, cluster):
+        return "", ""
+    why = f"A plan of {len(profile.structure.vertices)} operators on {len(cluster.nodes)} nodes takes seconds, so"
+    return (
+        f" {why} more stages than {_MOST_OF_LARGE}, and odd numbers of them, are left out.",
+        f" {why} plans have at most {_MOST_OF_LARGE} stages here, and few bandwidths are looked at.",
+    )
 
 
 def choices(plan: Plan, profile: Profile, cluster: Cluster, planner: Planner) -> list[Choice]:
@@ -98,10 +111,10 @@ def sweep(plan: Plan, profile: Profile, cluster: Cluster, planner: Planner, bits
 
     Planned are the ends, and the middle between two bandwidths whose plans differ. Between two that have the same plan it is taken to be
     the plan as well: its latency, and its bottleneck while that is the same, are linear in 1 / bandwidth; and where all are, no other plan that is
-    worse at both ends is better in between. Of a large model on a large cluster (`large`) every fifth bandwidth is planned, for at most six stages."""
+    worse at both ends is better in between. Of a large model on a large cluster (`large`) every fifth bandwidth is planned, for at most four stages."""
     few = large(profile, cluster)
-    bits_per_s = [*bits_per_s[:-1:5], bits_per_s[-1]] if few else bits_per_s
-    options: dict[str, Any] = {"max_stages": _MOST_STAGES} if few else {}
+    bits_per_s = [*bits_per_s[:-1:_EVERY_OF_LARGE], bits_per_s[-1]] if few else bits_per_s
+    options: dict[str, Any] = {"max_stages": _MOST_OF_LARGE} if few else {}
     made: dict[int, Plan | None] = {}
 
     def planned(k: int) -> Plan | None:

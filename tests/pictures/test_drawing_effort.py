@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from partitioner.drawing import studies
+from partitioner.drawing.pages import pictures
 from partitioner.drawing.studies import sweep
 from partitioner.planning import plan
 from partitioner.profiling import HERE, Column, Profile
@@ -41,10 +43,13 @@ def boxes(count: int, bandwidth: float = 1e7) -> Cluster:
 class Counted:
     def __init__(self) -> None:
         self.plans = 0
+        self.stages: list[int] = []
 
     def __call__(self, *material: Any, **options: Any) -> Plan:
         self.plans += 1
-        return plan(*material, **options)
+        made = plan(*material, **options)
+        self.stages.append(len(made.stages))
+        return made
 
 
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
@@ -65,3 +70,21 @@ def test_one_node_is_the_best_at_every_bandwidth_and_two_plans_show_it() -> None
     points = sweep(plan(profile, cluster), profile, cluster, counted, MBIT_S)
     assert {share.node for point in points for share in point.shares} == {"n0"}
     assert (len(points), counted.plans) == (len(MBIT_S), 2)
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_of_a_large_model_few_plans_are_made_and_the_picture_says_so(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 operators on 64 nodes take seconds for each plan; here 20 on 8 count as many."""
+    profile, cluster, counted = chain(20), boxes(8, bandwidth=1e8), Counted()
+    chosen = plan(profile, cluster, objective=objective)
+    monkeypatch.setattr(studies, "_LARGE", 20 * 8)
+    panels = pictures(chosen, profile, cluster, counted).panels
+    assert counted.plans <= 2 * 2 + 4
+    assert max(counted.stages) <= 4
+    front, swept = panels[-2:]
+    assert "the best for throughput with 2, 4 stages" in front.note
+    assert "A plan of 21 operators on 8 nodes takes seconds" in front.note
+    assert "at most 4 stages here" in swept.note
+    assert len(swept.table) == 1 + 4
+    monkeypatch.setattr(studies, "_LARGE", 21 * 8)
+    assert all("left out" not in panel.note for panel in pictures(chosen, profile, cluster, plan).panels[-2:])
