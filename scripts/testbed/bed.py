@@ -124,6 +124,7 @@ class Testbed:
         self._network: KernelNetwork | None = None
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._shares: dict[str, cpu.Share] = {}
+        self._home: dict[str, int] = {}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -132,6 +133,7 @@ class Testbed:
         with contextlib.ExitStack() as stack:
             self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="splitnet-testbed-")))
             self._shares = self._give_shares(stack)
+            self._home = cpu.homes({node.name: node.cpu for node in self.spec.nodes if node.name in self._shares and node.threads == 1})
             if self.spec.shaping == "kernel":
                 self._network = KernelNetwork(self.spec)
                 stack.callback(self._network.close)
@@ -227,7 +229,7 @@ class Testbed:
         if self._network is not None:
             where, listen = self._network.command(node.name), ["--listen", self._network.address(node.name), "--insecure"]
         command = [
-            *_launched(self._shares.get(node.name)), *where, sys.executable, "-m", "splitnet", "node", *listen, "--name", node.name, "--threads", str(node.threads),
+            *_launched(self._shares.get(node.name), self._home.get(node.name)), *where, sys.executable, "-m", "splitnet", "node", *listen, "--name", node.name, "--threads", str(node.threads),
             "--memory", str(node.memory_bytes), "--data", str(home / "data"), "--announce", str(home / "address"), "--log-json",
         ]  # fmt: skip
         with (home / "log").open("wb") as log:
@@ -248,11 +250,18 @@ class Testbed:
             _end(process)
 
 
-def _launched(share: cpu.Share | None) -> list[str]:
-    """What stands before a command that is to run in that share; without one, in the group around this process's own."""
+def _launched(share: cpu.Share | None, home: int | None = None) -> list[str]:
+    """What stands before a command that is to run in that share, and on that processor alone; without a share, in the group around this
+    process's own."""
     around = cpu.controller()
     tasks = share.tasks if share else around / "cgroup.procs" if isinstance(around, Path) else None
-    return [sys.executable, str(_LAUNCH), *(["--group", str(tasks)] if tasks else []), "--"]
+    return [
+        sys.executable,
+        str(_LAUNCH),
+        *(["--group", str(tasks)] if tasks else []),
+        *(["--cpu", str(home)] if home is not None else []),
+        "--",
+    ]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

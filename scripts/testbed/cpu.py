@@ -5,15 +5,28 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-__all__ = ["PERIOD_S", "Share", "controller", "hurried", "shares"]
+__all__ = ["PERIOD_S", "Share", "controller", "homes", "hurried", "shares"]
 
 PERIOD_S = 0.01  #: a node gets its share anew so often. The kernel's default of 0.1 s would make a request wait up to that long
 _WEIGHT = 1 << 18  # the most there is: what else runs on this machine must not take a node's share away
 _EMPTY_S = 2.0
 _PREFIX = "splitnet-testbed-"
+
+
+def homes(cores: dict[str, float], processors: Sequence[int] | None = None) -> dict[str, int]:
+    """The processor that each node with at most one processor's share keeps to, the largest first, where there is most left: a box of half the
+    speed is one that works all the time at half the speed, not two that work a quarter of it. A node for which none has room keeps to none."""
+    left = dict.fromkeys(sorted(os.sched_getaffinity(0) if processors is None else processors), 1.0)
+    found: dict[str, int] = {}
+    for name, share in sorted(cores.items(), key=lambda item: -item[1]):
+        widest = max(left, key=lambda number: left[number])
+        if 0 < share <= left[widest] + 1e-9:
+            found[name] = widest
+            left[widest] -= share
+    return found
 
 
 def controller(mounts: Path = Path("/proc/self/mountinfo"), groups: Path = Path("/proc/self/cgroup")) -> Path | str:
