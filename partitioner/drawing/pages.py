@@ -59,7 +59,7 @@ def pictures(plan: Plan, profile: Profile | None, cluster: Cluster | None, plann
         left_out.append("The stages' insides need the profile.")
     spread = len({stage.node for stage in plan.stages}) > 1
     if cluster is not None or not spread:
-        times = timeline(plan, cluster)
+        times = timeline(plan, cluster, profile)
         more = f" The {times.left_out} rows that work least are left out." if times.left_out else ""
         more += (
             f" Nobody measured the codec {' and '.join(times.unknown_codecs)}: shown as if it took no time." if times.unknown_codecs else ""

@@ -17,6 +17,8 @@ from splitnet.plan import CLIENT, Plan
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from partitioner.profiling import Profile
+
 __all__ = ["Timeline", "timeline"]
 
 _NARROWEST, _WIDEST, _RIGHT = 30.0, 100.0, 32.0  # margins: room for the names
@@ -119,8 +121,9 @@ class Timeline:
             axes.text((start + until) / 2 * factor, row + 0.52, number, size=7.5, color=ON_FILL, ha="center", va="center", zorder=3)
 
 
-def timeline(plan: Plan, cluster: Cluster | None) -> Timeline:
-    """One request alone, and the beginning of a full pipeline. Without a cluster for a plan on one node. Raises NoPlan where a link is missing."""
+def timeline(plan: Plan, cluster: Cluster | None, profile: Profile | None = None) -> Timeline:
+    """One request alone, and the beginning of a full pipeline, in which computing takes as long as the profile says of nodes that are kept busy
+    (without one: as long as alone). Without a cluster for a plan on one node. Raises NoPlan where a link is missing."""
     used = [cluster.node(node.name) for node in plan.nodes] if cluster else []
     links = {(link.source, link.target): link for link in cluster.links} if cluster else {}
     shared = machines(cluster) if cluster else ()
@@ -129,7 +132,8 @@ def timeline(plan: Plan, cluster: Cluster | None) -> Timeline:
     def play(goal: Goal, requests: int) -> Simulation:
         figures = codec_figures(used, goal, shared) | {name: CodecFigures() for name in unknown}
         spent = overheads(used, goal, shared, _client_bytes(plan))
-        return simulate(plan, links, codecs=figures, overheads=spent, machines=shared, requests=requests)
+        seconds = _busy_s(plan, cluster, profile) if goal == "throughput" else None
+        return simulate(plan, links, seconds=seconds, codecs=figures, overheads=spent, machines=shared, requests=requests)
 
     alone, full = play("latency", 1), play("throughput", max(_WINDOWS * plan.max_in_flight, _SHOWN))
     rows = _rows(plan, full)
@@ -145,6 +149,13 @@ def timeline(plan: Plan, cluster: Cluster | None) -> Timeline:
         _Part(f"pipeline full: {full.throughput_per_s:.3g} requests per second", full, done[min(_SHOWN, len(done)) - 1]),
     )
     return Timeline(plan, tuple(rows), left_out, unknown, parts)
+
+
+def _busy_s(plan: Plan, cluster: Cluster | None, profile: Profile | None) -> dict[str, float]:
+    """By stage. A plan has the seconds of a node with pauses."""
+    if cluster is None or profile is None:
+        return {}
+    return {stage.name: stage.seconds * profile.on(cluster.node(stage.node)).sustained for stage in plan.stages}
 
 
 def _client_bytes(plan: Plan) -> int:

@@ -32,7 +32,7 @@ from testbed.spec import load
 import partitioner
 import splitnet
 from partitioner.benching import random_inputs
-from partitioner.constants import codec_figures, machines, overheads
+from partitioner.constants import Goal, codec_figures, machines, overheads
 from partitioner.simulation import simulate
 from splitnet.cluster import Cluster
 from splitnet.explain import table
@@ -77,14 +77,22 @@ def two_stages(subject: Subject, cluster: Cluster, generator: random.Random) -> 
     return subject.cut_at(cluster, [cut], generator.sample([node.name for node in cluster.nodes], 2))
 
 
-def played(plan: Plan, cluster: Cluster, window: int, requests: int, seconds: dict[str, float] | None = None) -> float:
-    """Batches per second in the simulator."""
+def predicted_s(subject: Subject, plan: Plan, cluster: Cluster, window: int) -> dict[str, float]:
+    """Each stage's seconds by the profile. A plan has those of a node with pauses; one that is kept busy takes `Column.sustained` times as long."""
+    sustained = {name: subject.profile.on(cluster.node(name)).sustained if window > 1 else 1.0 for name in (s.node for s in plan.stages)}
+    return {stage.name: stage.seconds * sustained[stage.node] for stage in plan.stages}
+
+
+def played(plan: Plan, cluster: Cluster, window: int, requests: int, seconds: dict[str, float]) -> float:
+    """Batches per second in the simulator: with the constants for latency where there is one request at a time, else with those for throughput."""
     used = [cluster.node(node.name) for node in plan.nodes]
     links = {(link.source, link.target): link for link in cluster.links}
     shared = machines(cluster)
+    goal: Goal = "throughput" if window > 1 else "latency"
+    outside = {t.tensors: t.bytes for t in plan.transfers if CLIENT in (t.source, t.target)}  # an input for several stages comes once
     figures = {
-        "codecs": codec_figures(used, "throughput", shared),
-        "overheads": overheads(used, "throughput", shared, sum(t.bytes for t in plan.transfers if CLIENT in (t.source, t.target))),
+        "codecs": codec_figures(used, goal, shared),
+        "overheads": overheads(used, goal, shared, sum(outside.values())),
         "machines": shared,
     }
     return simulate(plan, links, requests=requests, max_in_flight=window, seconds=seconds, **figures).throughput_per_s
@@ -129,10 +137,11 @@ def rows_of(subject: Subject, plan: Plan, cluster: Cluster, bed: str, model: str
             per_s = measured(client, inputs, window, requests)
             after = counted(served)
             took = {name: (s - before[name][1]) / (n - before[name][0]) for name, (n, s) in after.items()}
-            yield Row(
-                bed, model, nodes, window, 1 / pace_s,
-                played(served, cluster, window, max(requests, 4 * window)), played(served, cluster, window, max(requests, 4 * window), took), per_s,
-            )  # fmt: skip
+            simulated = [
+                played(served, cluster, window, max(requests, 4 * window), seconds)
+                for seconds in (predicted_s(subject, served, cluster, window), took)
+            ]
+            yield Row(bed, model, nodes, window, 1 / pace_s, *simulated, per_s)
 
 
 def main() -> None:

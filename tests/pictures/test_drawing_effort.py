@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from partitioner.drawing import studies
 from partitioner.drawing.pages import pictures
 from partitioner.drawing.studies import sweep
+from partitioner.drawing.timeline import timeline
 from partitioner.planning import plan
 from partitioner.profiling import HERE, Column, Profile
 from partitioner.structure import Structure, Vertex
@@ -88,3 +90,14 @@ def test_of_a_large_model_few_plans_are_made_and_the_picture_says_so(objective: 
     assert len(swept.table) == 1 + 4
     monkeypatch.setattr(studies, "_LARGE", 21 * 8)
     assert all("left out" not in panel.note for panel in pictures(chosen, profile, cluster, plan).panels[-2:])
+
+
+def test_the_timeline_of_a_full_pipeline_is_at_the_predicted_pace() -> None:
+    """Kept busy, the nodes compute twice as long as alone."""
+    profile, cluster = chain(6), boxes(3, bandwidth=1e9)
+    profile = dataclasses.replace(profile, columns={HERE: dataclasses.replace(profile.columns[HERE], sustained=2.0)})
+    chosen = plan(profile, cluster, objective="throughput", stages=2)
+    assert chosen.prediction is not None
+    alone, full = timeline(chosen, cluster, profile).parts
+    assert full.played.throughput_per_s == pytest.approx(chosen.prediction.throughput_per_s, rel=0.01)
+    assert alone.played.requests[0].latency_s == pytest.approx(chosen.prediction.latency_s, rel=1e-6)
