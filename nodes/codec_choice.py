@@ -1,6 +1,6 @@
 """Which of the permitted codecs the next tensor of a transfer gets. Pure: the caller reads the clock.
 
-A codec's cost is what the plan's cost model says: for latency encoding + wire + decoding; for throughput the busiest of the sender (its stages and
+A codec's cost is what the plan's cost model says: for latency the stages at both ends + encoding + wire + decoding; for throughput the busiest of the sender (its stages and
 encoding), the link, and the receiver. It changes when another one is clearly better. To fewer bytes at once; to more bytes after a pause, which
 doubles each time that this turned out to be wrong: a link whose bandwidth swings is served with the codec that suits its bad times.
 """
@@ -18,6 +18,8 @@ from splitnet.plan import CLIENT, CodecOption, Plan, Transfer
 __all__ = ["CodecChooser", "CodecOnLink", "Load", "chooser_of"]
 
 _BETTER = 0.1  # another codec must cost this share less
+_WORTH_S = 0.001  # and save this
+_OBVIOUS, _SURE_S = 0.6, 0.2  # what costs less than this share is taken at once, anything else when it was better for this long
 _EQUAL = 0.02  # and the plan's own is taken again when it costs no more than this
 _ALSO = 0.02  # of what is not the bottleneck: of equals, the one that works least
 _TO_FEWER_S, _TO_MORE_S = 0.25, 0.5  # pauses after a switch
@@ -52,6 +54,8 @@ class CodecChooser:
     _switched_s: float = -math.inf
     _to_more_s: float = -math.inf
     _regrets: int = 0
+    _wanted: str = ""
+    _wanted_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.planned = self.codec
@@ -66,9 +70,15 @@ class CodecChooser:
         best = min(costs, key=costs.__getitem__)
         if costs[self.planned] <= costs[best] * (1 + _EQUAL):
             best = self.planned
-        elif costs[best] >= costs[self.codec] * (1 - _BETTER):
+        elif costs[best] >= costs[self.codec] * (1 - _BETTER) or costs[best] >= costs[self.codec] - _WORTH_S:
+            best = self.codec
+        if best == self.codec:
+            self._wanted = ""
             return self.codec
-        if best == self.codec or now_s - self._switched_s < self._pause_s(best):
+        if best != self._wanted:
+            self._wanted, self._wanted_s = best, now_s
+        sure = costs[best] < costs[self.codec] * _OBVIOUS or now_s - self._wanted_s >= _SURE_S
+        if not sure or now_s - self._switched_s < self._pause_s(best):
             return self.codec
         if self._fewer(best):
             self._regrets += now_s - self._to_more_s < _REGRET_S * (1 + self._regrets)
@@ -91,7 +101,7 @@ class CodecChooser:
         encode_s, decode_s = size_bytes / option.encode_bytes_per_s, size_bytes / option.decode_bytes_per_s
         wire_s = size_bytes / self._ratio(option) / bytes_per_s
         if self.objective == "latency":
-            return encode_s + wire_s + decode_s
+            return (self.load.sender_s + self.load.receiver_s) * scale + encode_s + wire_s + decode_s
         busiest_s = max(self.load.sender_s * scale + encode_s, wire_s * shared, self.load.receiver_s * scale + decode_s)
         return busiest_s + _ALSO * (encode_s + wire_s + decode_s)
 

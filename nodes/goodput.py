@@ -81,15 +81,18 @@ class Goodput:
         self.unacknowledged_bytes -= message.size_bytes
         self.round_trip_s = min(self.round_trip_s, now_s - message.started_s)
         seconds, alone = self._service_s(message, now_s)
+        self._arrived_s = now_s
         known = self._bytes / self._seconds if self._seconds else 0.0
-        if alone and known and seconds < _NOISE_S:
-            seconds = min(seconds, message.size_bytes / known)  # it used the link too little to say that it is slow
+        if alone and seconds < _NOISE_S:
+            if not known and message.size_bytes < _ASK_BYTES:
+                return  # it says nothing
+            seconds = min(seconds, message.size_bytes / known) if known else seconds  # it used the link too little to say that it is slow
         fade = math.exp((self._known_s - now_s) / _FADE_S)
         if alone and message.size_bytes > 2 * known * seconds:
             fade /= 2  # few such messages come, and short ones: else it would take long to believe them
         self._bytes = self._bytes * fade + message.size_bytes
         self._seconds = self._seconds * fade + max(seconds, _SHORTEST_S)
-        self._known_s = self._arrived_s = now_s
+        self._known_s = now_s
 
     def bytes_per_s(self, now_s: float) -> float:
         """0: not known. A message that takes longer than the estimate allows lowers it before it is there."""

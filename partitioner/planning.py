@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from partitioner.accuracy import MeasureLoss, choices, within
+from partitioner.alternatives import with_alternatives
 from partitioner.asked import check_asked
 from partitioner.calibration import Calibration
 from partitioner.cost import CodecFigures
@@ -108,7 +109,8 @@ def plan(
     choice = choices(chosen, structure, lossless=lossless, calibration=calibration, budget=max_accuracy_loss)
     wishes.check(names, tuple(choice.every))
     forced = any(not set(asked) & set(choice.safe) for asked in wishes.link_codecs.values())
-    return within(best, choice, structure, tolerance=tolerance, measure=measure_loss, forced=forced)
+    found = within(best, choice, structure, tolerance=tolerance, measure=measure_loss, forced=forced)
+    return with_alternatives(found, choice, structure, link_codecs=wishes.link_codecs, measure=measure_loss)
 
 
 def _best(draft: Draft, goal: Objective, allowed: range, tolerance: float, margin: float) -> Plan:

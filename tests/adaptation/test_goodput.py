@@ -149,9 +149,10 @@ def chooser(objective: str = "throughput", stage_s: float = 0.01) -> CodecChoose
 @given(rate=st.floats(1e4, 1e10), objective=st.sampled_from(["latency", "throughput"]), size=st.integers(1, 1 << 24))
 def test_the_choice_is_within_the_margin_of_the_best(rate: float, objective: str, size: int) -> None:
     choice = chooser(objective)
-    name = choice.pick(0.0, size, rate)
+    choice.pick(0.0, size, rate)
+    name = choice.pick(1.0, size, rate)
     costs = {option.name: choice.cost_s(option, size, rate) for option in OPTIONS}
-    assert costs[name] <= min(costs.values()) / 0.9 * (1 + 1e-9)
+    assert costs[name] <= max(min(costs.values()) / 0.9 * (1 + 1e-9), min(costs.values()) + 0.001)
 
 
 def test_a_link_that_is_not_known_keeps_the_codec_of_the_plan() -> None:
@@ -169,11 +170,21 @@ def test_small_differences_change_nothing() -> None:
     assert choice.switches == 0
 
 
+def test_one_bad_moment_changes_little() -> None:
+    choice = chooser()
+    assert choice.pick(0.0, SIZE, 1e8) == "raw"
+    assert choice.pick(0.1, SIZE, 2.5e7) == "raw"
+    assert choice.pick(0.2, SIZE, 1e8) == "raw"
+    assert choice.pick(0.3, SIZE, 2.5e7) == "raw"
+    assert choice.pick(0.6, SIZE, 2.5e7) == "bf16-zstd"
+
+
 def test_what_tensors_really_come_to_counts() -> None:
     choice = chooser()
     for _ in range(50):
         choice.saw("bf16-zstd", SIZE, SIZE)  # of no use with these tensors
-    assert choice.pick(0.0, SIZE, 1e6) == "zstd"
+    choice.pick(0.0, SIZE, 1e6)
+    assert choice.pick(1.0, SIZE, 1e6) == "zstd"
 
 
 def swinging(period_s: float, low: float, high: float, until_s: float) -> CodecChooser:

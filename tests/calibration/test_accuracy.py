@@ -143,7 +143,7 @@ def test_a_plan_that_loses_more_than_its_cuts_do_is_chosen_again(trained: Traine
         return 0.5 if "int4" in used(chosen) else 1e-9
 
     chosen = best(trained, max_accuracy_loss=0.1, calibration=calibration, measure_loss=measure)
-    assert asked == [{"int4"}, {"int8"}]
+    assert asked[:2] == [{"int4"}, {"int8"}]  # then what the nodes may change to
     assert used(chosen) == {"int8"}
     assert "1 other was better, and lost more than 0.1" in chosen.explain()
     assert not used(best(trained, max_accuracy_loss=0.1, calibration=calibration, measure_loss=lambda _: math.inf))
@@ -167,7 +167,7 @@ def test_whatever_is_measured_no_plan_over_the_budget_is_handed_out(
 
     chosen = best(trained, max_accuracy_loss=budget, calibration=calibration, measure_loss=measure)
     assert chosen.prediction is not None
-    assert not used(chosen) or chosen.prediction.loss == measured[-1] <= budget
+    assert not used(chosen) or (chosen.prediction.loss in measured and chosen.prediction.loss <= budget)
 
 
 def test_what_is_measured_is_what_nodes_answer(trained: Trained, task: Task, calibration: Calibration, tmp_path: Path) -> None:
