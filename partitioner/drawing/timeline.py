@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,7 @@ class Timeline:
         return WIDTH - self.left - _RIGHT
 
     def paint(self, sheet: Sheet) -> None:
-        _legend(sheet.plane(), self.plan)
+        _legend(sheet.plane(), self.plan, {interval.kind for part in self.parts for interval in part.played.intervals})
         tall = len(self.rows) * _ROW
         for k, part in enumerate(self.parts):
             top = _LEGEND + k * (_TITLE + tall + _AXIS) + _TITLE
@@ -192,16 +192,21 @@ def _start(name: str, room: int) -> str:
     return name if len(name) <= room else name[: room - 1] + "…"
 
 
-def _legend(axes: Axes, plan: Plan) -> None:
-    """What the bars mean; the stages' colours are those of the model's picture."""
+def _legend(axes: Axes, plan: Plan, kinds: Collection[str]) -> None:
+    """What the bars that there are mean; the stages' colours are those of the model's picture. A message costs a node time without a codec, too."""
     from matplotlib.patches import Rectangle
 
-    x = 6.0
+    x, colour = 6.0, stage_colour(0)
     codecs = any(transfer.codec != "raw" for transfer in plan.transfers)
-    items = [("computes", ""), ("sends", "")] + ([("encodes", "////"), ("decodes", "\\\\\\\\")] if codecs else [])
-    colour = stage_colour(0)
-    for name, hatch in items:
-        face = "#ffffff" if hatch else colour if name == "computes" else tint(colour, 0.55)
-        axes.add_patch(Rectangle((x, 3), 14, 9, facecolor=face, edgecolor=colour, hatch=hatch or None, linewidth=0.6))
+    items = {
+        "accept": ("accepts", _CLIENT_COLOUR, None),
+        "compute": ("computes", colour, None),
+        "encode": ("encodes" if codecs else "hands over", "#ffffff", "////"),
+        "transfer": ("sends", tint(colour, 0.55), None),
+        "decode": ("decodes" if codecs else "takes in", "#ffffff", "\\\\\\\\"),
+    }
+    for name, face, hatch in (items[kind] for kind in items if kind in kinds):
+        edge = face if face == _CLIENT_COLOUR else colour
+        axes.add_patch(Rectangle((x, 3), 14, 9, facecolor=face, edgecolor=edge, hatch=hatch, linewidth=0.6))
         axes.text(x + 18, 8, name, size=8, va="center")
         x += 24 + text_width(name, 8)

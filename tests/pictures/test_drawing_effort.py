@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from partitioner.drawing import studies
+from partitioner.drawing import draw, studies
 from partitioner.drawing.pages import pictures
 from partitioner.drawing.studies import sweep
 from partitioner.drawing.timeline import timeline
@@ -101,3 +102,13 @@ def test_the_timeline_of_a_full_pipeline_is_at_the_predicted_pace() -> None:
     alone, full = timeline(chosen, cluster, profile).parts
     assert full.played.throughput_per_s == pytest.approx(chosen.prediction.throughput_per_s, rel=0.01)
     assert alone.played.requests[0].latency_s == pytest.approx(chosen.prediction.latency_s, rel=1e-6)
+
+
+def test_the_legend_names_every_kind_of_bar(tmp_path: Path) -> None:
+    cluster = boxes(2, bandwidth=1e9)
+    busy = dataclasses.replace(cluster, nodes=tuple(dataclasses.replace(n, message_s=1e-3, request_s=1e-3) for n in cluster.nodes))
+    chosen = plan(chain(4), busy, stages=2)
+    for there, words in ((cluster, {"computes", "sends"}), (busy, {"accepts", "computes", "hands over", "sends", "takes in"})):
+        draw(chosen, tmp_path / "plan.svg", cluster=there)
+        text = (tmp_path / "plan.svg").read_text()
+        assert {word for word in ("accepts", "computes", "hands over", "sends", "takes in", "encodes") if f">{word}<" in text} == words
