@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from nodes.admission import Admission
 from nodes.config import NodeConfig
 from nodes.deployment import Deployment, Stage, routes
 from nodes.logs import get_log
-from splitnet import background
+from nodes.measuring_work import PAUSE_S, SMALL, measure_work
 from splitnet.channel import open_channel, stub
 from splitnet.client import AsyncClient
 from splitnet.codecs import codec_names
@@ -42,13 +41,6 @@ __all__ = ["measure_overhead"]
 _WARM_UP = 5
 _GRACE_S = 30.0
 _MOST_ROUNDS = 200
-_REPEATS = 3
-_SHORTEST_S = 0.1
-_FEWEST = 8
-_AT_ONCE = 2
-_SMALL, _LARGE = 16, CHUNK_BYTES // 4  # elements of float32
-_OPERATOR = 1 << 18  # elements: a tenth of a millisecond, two megabytes
-_PAUSE_S = 0.005  # as between requests: what is done without a pause finds everything awake, and takes half the time
 _FASTEST_BYTES_PER_S = 1e12  # where a codec does nothing
 
 
@@ -59,7 +51,7 @@ async def measure_overhead(budget_s: float) -> pb.Overhead:
             await _deploy("alone", (one,))
             deployments = await _deploy("apart", (one, two))
             turns = await _turns(one, two, budget_s * 0.5)
-            busy = await _busy(one, budget_s * 0.3)
+            busy = await measure_work(one, budget_s * 0.3)
             for link in (link for deployment in deployments for link in deployment.links.values()):
                 await link.close()  # before the servers at their ends go
     stage_s, alone_s, apart_s, ping_s = (_quartile(seconds) for seconds in zip(*turns, strict=True))
@@ -77,122 +69,11 @@ async def measure_overhead(budget_s: float) -> pb.Overhead:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Busy:
-    stage_cpu_s: float
-    message_cpu_s: float
-    request_cpu_s: float
-    byte_cpu_s: float
-
-
-async def _busy(one: NodeServer, budget_s: float) -> _Busy:
-    """Two hops more, and a stage, are what a request over both servers spends more than one to the first alone. The client shares the
-    servers' thread. Another one computes meanwhile, as on a node that is kept busy: who shares the interpreter's lock and the caches with an
-    engine, and has to be woken for each message, spends two to four times the processor time of one that is kept awake."""
-    share_s = max(budget_s / (7 * _REPEATS), _SHORTEST_S)
-    small, large = np.zeros(_SMALL, np.float32), np.zeros(_LARGE, np.float32)
-    found = []
-    async with AsyncClient(one.address, "alone") as alone, AsyncClient(one.address, "apart") as apart:
-        cases = [(client, array) for array in (small, large) for client in (alone, apart)]
-        for client, array in cases:
-            await client.infer({"v0": array}, retry=True)  # what is done once is done
-        with _Computing() as computing:
-            for _ in range(_REPEATS):
-                pause_s = await _pause_s(computing, share_s)  # before each of these
-                stage_s = await _handing_over_s(one, computing, share_s) - pause_s
-                here_s, over_s, large_here_s, large_over_s = [await _spent_s(client, array, computing, share_s) for client, array in cases]
-                hop_s = (over_s - here_s - stage_s) / 2
-                large_hop_s = (large_over_s - large_here_s - stage_s) / 2
-                request_s = (here_s - pause_s / _AT_ONCE - stage_s) * await _servers_share(one.address, small, share_s)
-                found.append((stage_s, hop_s / 2, request_s, (large_hop_s - hop_s) / 2 / (large.nbytes - small.nbytes)))
-    return _Busy(*(statistics.median(figures) for figures in zip(*found, strict=True)))
-
-
-class _Computing:
-    """A thread that does what an engine's does: one operator after another, each a fraction of a millisecond without the interpreter's lock."""
-
-    def __init__(self) -> None:
-        self._stop = False
-        self._spent_s = 0.0
-        self._thread = threading.Thread(target=self._work, name="splitnet-imitation", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop = True
-        self._thread.join()
-
-    def others_s(self) -> float:
-        """The process's processor seconds, this thread's left out."""
-        return time.process_time() - self._spent_s
-
-    def _work(self) -> None:
-        a, b = np.ones(_OPERATOR, np.float32), np.ones(_OPERATOR, np.float32)
-        while not self._stop:
-            np.multiply(a, b, out=a)
-            self._spent_s = time.thread_time()
-
-
-async def _handing_over_s(server: NodeServer, computing: _Computing, budget_s: float) -> float:
-    """Processor seconds of a job of the compute thread, from the event loop and back."""
-    before_s, count, end = computing.others_s(), 0, time.perf_counter() + budget_s
-    while time.perf_counter() < end or count < _FEWEST:
-        await asyncio.sleep(_PAUSE_S)
-        await server.compute.call(lambda: None)
-        count += 1
-    return (computing.others_s() - before_s) / count
-
-
-async def _pause_s(computing: _Computing, budget_s: float) -> float:
-    """Processor seconds of the pause that all of these have in them."""
-    before_s, count, end = computing.others_s(), 0, time.perf_counter() + budget_s
-    while time.perf_counter() < end or count < _FEWEST:
-        await asyncio.sleep(_PAUSE_S)
-        count += 1
-    return (computing.others_s() - before_s) / count
-
-
-async def _spent_s(client: AsyncClient, array: np.ndarray, computing: _Computing, budget_s: float) -> float:
-    """Processor seconds per request."""
-    before_s = computing.others_s()
-    count = await _many(client, array, budget_s)
-    return (computing.others_s() - before_s) / count
-
-
-async def _servers_share(address: str, array: np.ndarray, budget_s: float) -> float:
-    """Of what client and servers spend on a request: the servers' part, from a client in a thread of its own."""
-
-    async def asked() -> tuple[float, float]:
-        async with AsyncClient(address, "alone") as client:
-            await client.infer({"v0": array}, retry=True)
-            before_s = time.thread_time()
-            count = await _many(client, array, budget_s)
-            return (time.thread_time() - before_s) / count, count
-
-    before_s = time.thread_time()
-    client_s, count = await asyncio.to_thread(background.run, asked())
-    servers_s = (time.thread_time() - before_s) / (count + 1)
-    return servers_s / (servers_s + client_s)
-
-
-async def _many(client: AsyncClient, array: np.ndarray, budget_s: float) -> int:
-    """How many requests were answered: with the pauses that computing makes between them, and two at once, because of what arrives at a node
-    (several tensors, often) only the first has to wake it."""
-    count, end = 0, time.perf_counter() + budget_s
-    while time.perf_counter() < end or count < _FEWEST:
-        await asyncio.sleep(_PAUSE_S)
-        await asyncio.gather(*(client.infer({"v0": array}, retry=True) for _ in range(_AT_ONCE)))
-        count += _AT_ONCE
-    return count
-
-
 async def _turns(one: NodeServer, two: NodeServer, budget_s: float) -> list[tuple[float, float, float, float]]:
     """Seconds of a job of the compute thread, a request to one server, a request through both, and a Probe's round trip. They take
     turns, so that what disturbs the box disturbs all of them."""
     turns = []
-    nothing = {"v0": np.zeros(_SMALL, np.float32)}
+    nothing = {"v0": np.zeros(SMALL, np.float32)}
     end = time.perf_counter() + budget_s
     async with AsyncClient(one.address, "alone") as alone, AsyncClient(one.address, "apart") as apart, open_channel(two.address) as channel:
         probe = stub(channel).Probe(timeout=budget_s + _GRACE_S)
@@ -218,7 +99,7 @@ async def _ping(probe: Any) -> None:
 
 
 async def _seconds(work: Awaitable[object]) -> float:
-    await asyncio.sleep(_PAUSE_S)
+    await asyncio.sleep(PAUSE_S)
     started = time.perf_counter()
     await work
     return time.perf_counter() - started
