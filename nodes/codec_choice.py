@@ -7,13 +7,18 @@ doubles each time that this turned out to be wrong: a link whose bandwidth swing
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from nodes.goodput import Goodput
+from splitnet.errors import BadInput
 from splitnet.plan import CLIENT, CodecOption, Plan, Transfer
+from splitnet.wire import tensor_chunks
 
 __all__ = ["CodecChooser", "CodecOnLink", "Load", "chooser_of"]
 
@@ -27,6 +32,7 @@ _LONGEST_PAUSE_S = 16.0
 _REGRET_S = 6.0  # back to fewer bytes so soon: the step to more bytes was wrong
 _CALM_S = 20.0  # without a switch, and all is forgiven
 _LEARNING = 0.2
+_LATELY_S, _SAMPLE_BYTES = 10.0, 1 << 16  # the beginning of a tensor is tried with a codec that has not been used for so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,7 @@ class CodecChooser:
     switches: int = 0
     planned: str = field(init=False)
     ratios: dict[str, float] = field(default_factory=dict)
+    _seen_s: dict[str, float] = field(default_factory=dict)
     _switched_s: float = -math.inf
     _to_more_s: float = -math.inf
     _regrets: int = 0
@@ -87,8 +94,14 @@ class CodecChooser:
         self.codec, self._switched_s, self.switches = best, now_s, self.switches + 1
         return best
 
-    def saw(self, codec: str, size_bytes: int, encoded_bytes: int) -> None:
+    def unsure_of(self, now_s: float) -> str:
+        """A codec of which it is not known, or not of late, what this transfer's tensors come to; "" where there is none."""
+        names = (option.name for option in self.options if option.name != "raw")
+        return next((name for name in names if now_s - self._seen_s.get(name, -math.inf) > _LATELY_S), "")
+
+    def saw(self, codec: str, size_bytes: int, encoded_bytes: int, now_s: float) -> None:
         """What a chunk came to."""
+        self._seen_s[codec] = now_s
         if size_bytes and encoded_bytes and codec != "raw":
             seen = size_bytes / encoded_bytes
             known = self.ratios.get(codec, seen)
@@ -124,12 +137,16 @@ class CodecOnLink:
     chooser: CodecChooser
     goodput: Goodput
 
-    def pick(self, size_bytes: int) -> str:
+    def pick(self, array: np.ndarray) -> str:
         now_s = time.monotonic()
-        return self.chooser.pick(now_s, size_bytes, self.goodput.bytes_per_s(now_s))
+        if array.size and (untried := self.chooser.unsure_of(now_s)):
+            with contextlib.suppress(BadInput):  # it cannot be sent at all; whoever sends it will say so
+                head, payload = next(tensor_chunks("sample", array, untried, _SAMPLE_BYTES))
+                self.chooser.saw(untried, head.length, len(payload), now_s)
+        return self.chooser.pick(now_s, array.nbytes, self.goodput.bytes_per_s(now_s))
 
     def saw(self, codec: str, size_bytes: int, encoded_bytes: int) -> None:
-        self.chooser.saw(codec, size_bytes, encoded_bytes)
+        self.chooser.saw(codec, size_bytes, encoded_bytes, time.monotonic())
 
 
 def chooser_of(plan: Plan, transfer: Transfer) -> CodecChooser | None:

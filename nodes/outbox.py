@@ -30,7 +30,7 @@ _Write = Callable[[Message], Awaitable[None]]
 class Chooses(Protocol):
     """Says which codec a tensor gets, when it is about to be encoded, and hears what its chunks came to."""
 
-    def pick(self, size_bytes: int) -> str: ...
+    def pick(self, array: np.ndarray) -> str: ...
 
     def saw(self, codec: str, size_bytes: int, encoded_bytes: int) -> None: ...
 
@@ -62,7 +62,7 @@ class EncodedTensor:
 
     def _begin(self) -> None:
         if self._chunks is None:
-            self._codec_name = self._codec if isinstance(self._codec, str) else self._codec.pick(self.size_bytes)
+            self._codec_name = self._codec if isinstance(self._codec, str) else self._codec.pick(self._array)
             self._chunks = tensor_chunks(self._name, self._array, self._codec_name)
             self._inline = self._codec_name == "raw" or self.size_bytes < _INLINE_BYTES
 

@@ -66,7 +66,9 @@ def _transfers(plan: Plan) -> list[tuple[str, ...]]:
         a, b = node[transfer.source], node[transfer.target]
         link = f"{a}->{b}" if a != b else f"within {a}"
         ends = (transfer.source or "client", transfer.target or "client")
-        rows.append((*ends, link, str(len(transfer.tensors)), bytes_text(transfer.bytes), transfer.codec))
+        others = ", ".join(option.name for option in transfer.codecs if option.name != transfer.codec)
+        codec = transfer.codec + (f" (or {others}, as the link allows)" if others else "")
+        rows.append((*ends, link, str(len(transfer.tensors)), bytes_text(transfer.bytes), codec))
     return rows
 
 

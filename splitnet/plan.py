@@ -166,6 +166,10 @@ class Plan:
         """The same plan with each stage's shard hash filled in."""
         return dataclasses.replace(self, stages=tuple(dataclasses.replace(s, shard=shards[s.name]) for s in self.stages))
 
+    def with_fixed_codecs(self) -> Plan:
+        """The same plan with codecs that stay as they are."""
+        return dataclasses.replace(self, transfers=tuple(dataclasses.replace(t, codecs=()) for t in self.transfers))
+
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.to_json().encode()).hexdigest()

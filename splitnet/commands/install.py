@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from splitnet.install import Progress
-    from splitnet.node_status import DeploymentStatus, NodeStatus
+    from splitnet.node_status import DeploymentStatus, LinkStatus, NodeStatus
 
 __all__ = ["deploy", "status", "unload"]
 
@@ -64,9 +64,17 @@ class _Duration(click.ParamType[float]):
     type=click.IntRange(min=0),
     help="Send requests of more rows through the pipeline in pieces of this many, for the same kind of models.  [default: as the plan says, else 0: whole]",
 )
+@click.option("--fixed-codecs", is_flag=True, help="Keep the plan's codecs, whatever becomes of the links.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def deploy(
-    plan: Path, name: str, shards: Path | None, max_batch: int | None, max_delay: float | None, microbatch: int | None, as_json: bool
+    plan: Path,
+    name: str,
+    shards: Path | None,
+    max_batch: int | None,
+    max_delay: float | None,
+    microbatch: int | None,
+    fixed_codecs: bool,
+    as_json: bool,
 ) -> None:
     """Ship the shards of a PLAN to its nodes, verify and activate them.
 
@@ -85,6 +93,7 @@ def deploy(
     from splitnet.install import deploy as install
 
     loaded = Plan.load(plan)
+    loaded = loaded.with_fixed_codecs() if fixed_codecs else loaded
     planned = loaded.batching
     batching = Batching(
         planned.max_batch if max_batch is None else max_batch,
@@ -177,11 +186,27 @@ def _progress() -> Iterator[Callable[[Progress], None] | None]:
 
 def _show(nodes: Sequence[NodeStatus]) -> None:
     rows: list[Sequence[str]] = [
-        ("node", "address", "device", "memory", "deployment", "stage", "engine", "requests", "failed", "in flight", "link to", "sent")
+        (
+            "node",
+            "address",
+            "device",
+            "memory",
+            "deployment",
+            "stage",
+            "engine",
+            "requests",
+            "failed",
+            "in flight",
+            "link to",
+            "sent",
+            "goodput",
+            "queued",
+            "codec",
+        )
     ]
     for node in nodes:
         if node.error:
-            rows.append((node.name, node.address, "-", "-", "does not answer", *[""] * 7))
+            rows.append((node.name, node.address, "-", "-", "does not answer", *[""] * 10))
             continue
         limit = f" of {_size(node.memory_limit_bytes)}" if node.memory_limit_bytes else ""
         notes = (" draining" if node.draining else "") + (" INSECURE" if node.insecure else "")
@@ -198,12 +223,12 @@ def _show(nodes: Sequence[NodeStatus]) -> None:
             for deployment in node.deployments
             for s in deployment.stages
         ]
-        links = [(link.target + ("" if link.connected else " (down)"), _size(link.sent_bytes)) for link in node.links]
+        links = [_link(link) for link in node.links]
         for i in range(max(1, len(work), len(links))):
             row = (
                 *(left if i == 0 else [""] * 4),
                 *(work[i] if i < len(work) else ("",) * 6),
-                *(links[i] if i < len(links) else ("",) * 2),
+                *(links[i] if i < len(links) else ("",) * 5),
             )
             rows.append(row)
     _table(rows)
@@ -214,6 +239,13 @@ def _show(nodes: Sequence[NodeStatus]) -> None:
     for node in nodes:
         if node.error:
             click.echo(f"node {node.name!r} at {node.address}: {node.error}", err=True)
+
+
+def _link(link: LinkStatus) -> tuple[str, str, str, str, str]:
+    goodput = f"{_size(int(link.goodput_bytes_per_s))}/s" if link.goodput_bytes_per_s else "-"
+    codecs = ", ".join(f"{c.codec} ({c.switches} changes)" if c.switches else c.codec for c in link.codecs)
+    waiting = link.queued_bytes + link.unacknowledged_bytes
+    return link.target + ("" if link.connected else " (down)"), _size(link.sent_bytes), goodput, _size(waiting) if waiting else "-", codecs
 
 
 def _in_flight(deployment: DeploymentStatus) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nodes.codec_choice import CodecChooser, Load
+from nodes.codec_choice import CodecChooser, CodecOnLink, Load
 from nodes.goodput import Goodput
 from splitnet.plan import CodecOption
 
@@ -182,9 +183,21 @@ def test_one_bad_moment_changes_little() -> None:
 def test_what_tensors_really_come_to_counts() -> None:
     choice = chooser()
     for _ in range(50):
-        choice.saw("bf16-zstd", SIZE, SIZE)  # of no use with these tensors
+        choice.saw("bf16-zstd", SIZE, SIZE, 0.0)  # of no use with these tensors
     choice.pick(0.0, SIZE, 1e6)
     assert choice.pick(1.0, SIZE, 1e6) == "zstd"
+
+
+def test_what_is_not_known_of_a_codec_is_tried_on_the_tensors_themselves() -> None:
+    """zstd was expected to be of little use; most of these numbers are zeros."""
+    zeros = np.where(np.arange(100_000) % 10, np.float32(0), np.random.default_rng(0).standard_normal(100_000, dtype=np.float32))
+    choice = CodecChooser("raw", (RAW, CodecOption("zstd", 1.05, 8e8, 2e9)), "throughput", Load(zeros.nbytes, zeros.nbytes))
+    wire = Wire(lambda _: 1e6)
+    wire.busy(102.0, lambda: 100_000)
+    assert choice.unsure_of(0.0) == "zstd"
+    assert CodecOnLink(choice, wire.goodput).pick(zeros) == "zstd"
+    assert choice.ratios["zstd"] > 3
+    assert choice.codec == "zstd"
 
 
 def swinging(period_s: float, low: float, high: float, until_s: float) -> CodecChooser:

@@ -56,8 +56,25 @@ def test_from_deploy_to_unload(say: Callable[..., Said], files: tuple[Path, Path
     code, out, err = say(status, "--cluster", cluster)
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert lines[0].split() == ["node", "address", "device", "memory", "deployment", "stage", "engine", "requests", "failed", "in", "flight", "link", "to", "sent"]  # fmt: skip
-    assert lines[1].split() == ["a", nodes.addresses["a"], "cpu", "25.0", "KiB", "search*", "stage0", "torch-graph", "0", "0", "0", "b", "0", "B"]
+    assert lines[0].split() == ["node", "address", "device", "memory", "deployment", "stage", "engine", "requests", "failed", "in", "flight", "link", "to", "sent", "goodput", "queued", "codec"]  # fmt: skip
+    assert lines[1].split() == [
+        "a",
+        nodes.addresses["a"],
+        "cpu",
+        "25.0",
+        "KiB",
+        "search*",
+        "stage0",
+        "torch-graph",
+        "0",
+        "0",
+        "0",
+        "b",
+        "0",
+        "B",
+        "-",
+        "-",
+    ]
     assert ["b", nodes.addresses["b"]] in [line.split()[:2] for line in lines]
     assert lines[-1] == "* takes the requests of clients"
 
