@@ -22,7 +22,7 @@ from splitnet.wire import tensor_chunks
 
 __all__ = ["CodecChooser", "CodecOnLink", "Load", "chooser_of"]
 
-_BETTER = 0.1  # another codec must cost this share less
+_BETTER = 0.05  # another codec must cost this share less
 _WORTH_S = 0.001  # and save this
 _OBVIOUS, _SURE_S = 0.6, 0.2  # what costs less than this share is taken at once, anything else when it was better for this long
 _EQUAL = 0.02  # and the plan's own is taken again when it costs no more than this

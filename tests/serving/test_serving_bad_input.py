@@ -214,9 +214,12 @@ async def test_forwarded_frames_that_no_ingress_can_be_told_of_are_answered(clus
     async with RawStream(cluster.addresses["b"], FORWARD_METHOD) as link:
         greeting = await link.read()
         assert greeting is not None
-        assert not greeting.frame.ListFields()
-        await link.send(bytes(128), request="r", tensor=header(), **fields)
+        assert [field.name for field, _ in greeting.frame.ListFields()] == ["received"]
+        await link.send(bytes(128), request="r", tensor=header(), acknowledge=True, **fields)
+        receipt = await link.read()
         reply = await link.read()
+    assert receipt is not None
+    assert receipt.frame.received.frames == 1
     assert reply is not None
     assert message in reply.frame.failure.message
     assert reply.frame.request == "r"
