@@ -32,7 +32,8 @@ _LONGEST_PAUSE_S = 16.0
 _REGRET_S = 6.0  # back to fewer bytes so soon: the step to more bytes was wrong
 _CALM_S = 20.0  # without a switch, and all is forgiven
 _LEARNING = 0.2
-_LATELY_S, _SAMPLE_BYTES = 10.0, 1 << 16  # the beginning of a tensor is tried with a codec that has not been used for so long
+_LATELY_S = 10.0  # with a codec that has not been used for so long
+SAMPLE_BYTES = 1 << 16  # of a tensor are tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,14 @@ class Load:
     receiver_s: float = 0.0
 
 
+@dataclass(slots=True)
+class _Seen:
+    bytes: float = 0.0
+    encoded_bytes: float = 0.0
+    largest_bytes: int = 0
+    at_s: float = 0.0
+
+
 @dataclass(eq=False)
 class CodecChooser:
     """Begins with `codec`, one of the `options`, and goes back to it where it is as good as any. `ratios` are what the tensors of this transfer really came to, as far as was seen."""
@@ -57,7 +66,7 @@ class CodecChooser:
     switches: int = 0
     planned: str = field(init=False)
     ratios: dict[str, float] = field(default_factory=dict)
-    _seen_s: dict[str, float] = field(default_factory=dict)
+    _seen: dict[str, _Seen] = field(default_factory=dict)
     _switched_s: float = -math.inf
     _to_more_s: float = -math.inf
     _regrets: int = 0
@@ -94,18 +103,24 @@ class CodecChooser:
         self.codec, self._switched_s, self.switches = best, now_s, self.switches + 1
         return best
 
-    def unsure_of(self, now_s: float) -> str:
-        """A codec of which it is not known, or not of late, what this transfer's tensors come to; "" where there is none."""
-        names = (option.name for option in self.options if option.name != "raw")
-        return next((name for name in names if now_s - self._seen_s.get(name, -math.inf) > _LATELY_S), "")
+    def unsure_of(self, now_s: float, size_bytes: int) -> str:
+        """A codec of which it is not known, or not of late, or only from much smaller ones, what tensors of this size come to; "" where there is none."""
+        sample = min(size_bytes, SAMPLE_BYTES)
+        for option in self.options:
+            seen = self._seen.get(option.name)
+            if option.name != "raw" and (seen is None or now_s - seen.at_s > _LATELY_S or sample > 2 * seen.largest_bytes):
+                return option.name
+        return ""
 
     def saw(self, codec: str, size_bytes: int, encoded_bytes: int, now_s: float) -> None:
-        """What a chunk came to."""
-        self._seen_s[codec] = now_s
+        """What a chunk came to. A transfer may carry tensors of several kinds: by their bytes."""
         if size_bytes and encoded_bytes and codec != "raw":
-            seen = size_bytes / encoded_bytes
-            known = self.ratios.get(codec, seen)
-            self.ratios[codec] = known + _LEARNING * (seen - known)
+            seen = self._seen.setdefault(codec, _Seen())
+            seen.bytes = seen.bytes * (1 - _LEARNING) + size_bytes
+            seen.encoded_bytes = seen.encoded_bytes * (1 - _LEARNING) + encoded_bytes
+            seen.largest_bytes = max(seen.largest_bytes, min(size_bytes, SAMPLE_BYTES))
+            seen.at_s = now_s
+            self.ratios[codec] = seen.bytes / seen.encoded_bytes
 
     def cost_s(self, option: CodecOption, size_bytes: int, bytes_per_s: float) -> float:
         """Of a tensor of this size; the load grows with it."""
@@ -139,9 +154,9 @@ class CodecOnLink:
 
     def pick(self, array: np.ndarray) -> str:
         now_s = time.monotonic()
-        if array.size and (untried := self.chooser.unsure_of(now_s)):
+        if array.size and (untried := self.chooser.unsure_of(now_s, array.nbytes)):
             with contextlib.suppress(BadInput):  # it cannot be sent at all; whoever sends it will say so
-                head, payload = next(tensor_chunks("sample", array, untried, _SAMPLE_BYTES))
+                head, payload = next(tensor_chunks("sample", array, untried, SAMPLE_BYTES))
                 self.chooser.saw(untried, head.length, len(payload), now_s)
         return self.chooser.pick(now_s, array.nbytes, self.goodput.bytes_per_s(now_s))
 

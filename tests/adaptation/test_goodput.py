@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -30,7 +31,7 @@ class Wire:
         asked = self.goodput.asks(self.now_s, size_bytes)
         self.goodput.sent(self.now_s, size_bytes, asked=asked)
         at_s, left = max(self._free_s, self.now_s), float(size_bytes)
-        while left > 0:  # in steps, for a rate that changes
+        while left > 1e-6:  # in steps, for a rate that changes
             step_s = min(0.005, left / self._rate(at_s))
             left -= self._rate(at_s) * step_s
             at_s += step_s
@@ -194,10 +195,25 @@ def test_what_is_not_known_of_a_codec_is_tried_on_the_tensors_themselves() -> No
     choice = CodecChooser("raw", (RAW, CodecOption("zstd", 1.05, 8e8, 2e9)), "throughput", Load(zeros.nbytes, zeros.nbytes))
     wire = Wire(lambda _: 1e6)
     wire.busy(102.0, lambda: 100_000)
-    assert choice.unsure_of(0.0) == "zstd"
+    assert choice.unsure_of(0.0, zeros.nbytes) == "zstd"
     assert CodecOnLink(choice, wire.goodput).pick(zeros) == "zstd"
     assert choice.ratios["zstd"] > 3
     assert choice.codec == "zstd"
+    now_s = time.monotonic()
+    assert choice.unsure_of(now_s, zeros.nbytes) == ""
+    assert choice.unsure_of(now_s + 11, zeros.nbytes) == "zstd"
+
+
+def test_a_small_tensor_of_the_same_transfer_does_not_spoil_it() -> None:
+    choice = CodecChooser("raw", (RAW, ZSTD), "throughput", Load(SIZE, SIZE))
+    choice.saw("zstd", 2000, 1900, 0.0)
+    assert choice.unsure_of(0.0, SIZE) == "zstd", "it was seen on a tensor of another kind"
+    choice.saw("zstd", 1 << 16, 1 << 14, 0.0)
+    for _ in range(20):
+        choice.saw("zstd", 2000, 1900, 0.0)
+        choice.saw("zstd", SIZE, SIZE // 4, 0.0)
+    assert choice.unsure_of(0.0, SIZE) == ""
+    assert choice.ratios["zstd"] == pytest.approx(4.0, rel=0.05)
 
 
 def swinging(period_s: float, low: float, high: float, until_s: float) -> CodecChooser:
