@@ -102,7 +102,7 @@ class Subject:
         """Cut, shipped over unshaped links and activated; gone after the block."""
         with tempfile.TemporaryDirectory(prefix="splitnet-testbed-") as folder, self.bed.free_for_clients():
             shards = partitioner.cut(self.model, plan, Path(folder))
-            plan = plan.with_shards({stage: shard.sha256 for stage, shard in shards.items()})
+            plan = plan.with_fixed_codecs().with_shards({stage: shard.sha256 for stage, shard in shards.items()})  # what was predicted
             splitnet.deploy(plan, shards, name=name)
         try:
             yield plan

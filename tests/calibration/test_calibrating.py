@@ -195,7 +195,7 @@ def test_the_command_tells_and_writes(trained: Trained, own_cache: Path, tmp_pat
     assert Calibration.from_json(capsys.readouterr().out) == found
     for wrong, message in (
         (["--metric", "perplexity"], "no output is called 'logits'"),
-        (["--data", "none.npz"], "cannot read"),
+        (["--data", "none.npz"], "there is no file 'none.npz'"),
         (["--codec", "mp3"], "codec 'mp3' is not one of raw"),
         (["--answers", "nonsense"], "no output 'nonsense'"),
     ):
