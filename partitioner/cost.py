@@ -36,7 +36,18 @@ from splitnet.errors import BadInput, NoPlan
 from splitnet.plan import CLIENT, StageSpec, Transfer
 from splitnet.stage_memory import BUFFERED_REQUESTS, stage_memory_bytes
 
-__all__ = ["BUFFERED_REQUESTS", "NO_OVERHEAD", "RAW", "SHORTEST_S", "CodecFigures", "Cost", "Machine", "Overhead", "evaluate", "stage_memory_bytes"]
+__all__ = [
+    "BUFFERED_REQUESTS",
+    "NO_OVERHEAD",
+    "RAW",
+    "SHORTEST_S",
+    "CodecFigures",
+    "Cost",
+    "Machine",
+    "Overhead",
+    "evaluate",
+    "stage_memory_bytes",
+]
 
 SHORTEST_S = 1e-9  #: keeps the throughput of a plan that costs nothing finite
 
