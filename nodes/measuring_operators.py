@@ -1,7 +1,7 @@
 """Times each operator of a model on this node: with its own engine, its own threads, in its compute thread.
 
 Every round is one job of the compute thread, so that a request waits for it no longer than for another request. Whole runs and runs
-with a clock between the operators take turns; of each the median is kept. Last come bursts of runs that follow each other at once.
+with a clock between the operators take turns; of each the median is kept. Last come bursts of runs that follow each other with hardly a pause.
 """
 
 from __future__ import annotations
@@ -103,16 +103,15 @@ class OperatorTimer:
             await self._compute.call(timing.forget)
 
     async def _burst(self, timing: _Timing, values: _Arrays) -> None:
-        """Processor time, and not the clock's: what else runs on the box, and a quota, are no matter of the model's. The first run is after a
-        pause and does not count."""
+        """Processor time, and not the clock's: what else runs on the box, and a quota, are no matter of the model's. A moment between runs, in
+        which the event loop works, as it does between requests: without it a run finds in the caches what the one before has left."""
         seconds: list[float] = []
-        took_s, first = 0.0, True
-        while first or not seconds or took_s < _BURST_S:
+        took_s = 0.0
+        while not seconds or took_s < _BURST_S:
+            await asyncio.sleep(_PAUSE_S)
             await self._compute.call(functools.partial(timing.whole, values, keep=False))
-            if not first:
-                seconds.append(timing.last_cpu_s)
-                took_s += timing.last_s
-            first = False
+            seconds.append(timing.last_cpu_s)
+            took_s += timing.last_s
         timing.bursts.append(statistics.fmean(seconds))
 
     def _check_memory(self, shard: Shard, held_bytes: int) -> None:
