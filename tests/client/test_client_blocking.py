@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import os
 import signal
 import subprocess
 import sys
@@ -175,7 +174,9 @@ def test_an_interrupt_cancels_the_request(node: ScriptedNode) -> None:
 
         def interrupt() -> None:
             until(lambda: node.under_way)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.pthread_kill(
+                threading.main_thread().ident or 0, signal.SIGINT
+            )  # to the process, any thread might take it, and wake nobody
 
         thread = threading.Thread(target=interrupt)
         thread.start()
