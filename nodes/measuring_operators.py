@@ -81,8 +81,7 @@ class OperatorTimer:
     async def _piece(self, shard: Shard, values: _Arrays, budget_s: float, sustained: bool) -> pb.OperatorsReply:
         self._check_memory(shard, sum(array.nbytes for array in values.values()))
         timing = _Timing(shard, self._ledger.config.threads, self._ledger.config.engine)
-        start = time.perf_counter()
-        end = start + budget_s
+        end = time.perf_counter() + budget_s
         try:
             if missing := [spec.name for spec in shard.manifest.inputs if spec.name not in values]:
                 raise BadInput(

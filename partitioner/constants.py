@@ -15,8 +15,9 @@ from typing import Literal
 
 from partitioner.cost import CodecFigures, Machine, Overhead
 from splitnet.cluster import Cluster, ClusterNode
+from splitnet.plan import CLIENT, Transfer
 
-__all__ = ["Goal", "codec_figures", "machines", "overheads", "paced"]
+__all__ = ["Goal", "codec_figures", "machines", "outside_bytes", "overheads", "paced"]
 
 Goal = Literal["latency", "throughput"]
 
@@ -36,6 +37,11 @@ def overheads(
         request_cpu_s = node.request_cpu_s + client_bytes * node.byte_cpu_s
         found[node.name] = Overhead(node.stage_cpu_s * weight, node.message_cpu_s * weight, request_cpu_s * weight)
     return found
+
+
+def outside_bytes(transfers: Sequence[Transfer]) -> int:
+    """What the ingress takes from the client and sends to it for one request; an input that several stages take counts once."""
+    return sum({t.tensors: t.bytes for t in transfers if CLIENT in (t.source, t.target)}.values())
 
 
 def codec_figures(nodes: Sequence[ClusterNode], goal: Goal = "latency", shared: Sequence[Machine] = ()) -> dict[str, CodecFigures]:

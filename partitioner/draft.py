@@ -37,13 +37,13 @@ _NARROWER = 24
 @dataclass(frozen=True, eq=False)
 class Draft:
     """A model's operators (vertices, in the structure's order) on the nodes that may be used, with the figures for one goal (see
-    `partitioner.constants`). `sustained` by node: how much longer computing takes than for latency. `other` makes the draft for the other goal."""
+    `partitioner.constants`). `sustained` by node: how much longer computing takes than for latency. `make_other` makes the draft for the other goal."""
 
     goal: Objective
     profile: Profile
     nodes: tuple[ClusterNode, ...]
     sustained: Mapping[str, float]
-    other: Callable[[], Draft]
+    make_other: Callable[[], Draft]
     links: Mapping[tuple[str, str], Link]
     seconds: Floats  # (M, vertices)
     crossing: tuple[int, ...]
@@ -75,7 +75,7 @@ class Draft:
         spent = overheads(nodes, goal, shared_machines, sum(structure.value_bytes[name] for name in ends))
         return cls(
             goal=goal,
-            other=lambda: cls.make(profile, cluster, nodes, wishes, codecs, "latency" if goal == "throughput" else "throughput"),
+            make_other=lambda: cls.make(profile, cluster, nodes, wishes, codecs, "latency" if goal == "throughput" else "throughput"),
             profile=profile,
             nodes=tuple(nodes),
             sustained=sustained,
@@ -106,10 +106,14 @@ class Draft:
             )
         return replace(self, allowed=allowed, privacy=privacy)
 
+    @functools.cached_property
+    def other(self) -> Draft:
+        return self.make_other()
+
     def predicted(self, realised: Realised) -> tuple[Realised, Cost]:
         """The same with each stage's seconds as one request alone finds them, and the cost: latency with the figures for latency, how long
         one request keeps what busy with those for throughput."""
-        other = self.other()
+        other = self.other
         idle, busy = (self, other) if self.goal == "latency" else (other, self)
         for_latency, for_pace = (
             replace(realised, stages=tuple(replace(s, seconds=s.seconds * to[s.node] / self.sustained[s.node]) for s in realised.stages))

@@ -15,12 +15,12 @@ import dataclasses
 import math
 
 from partitioner.bench_report import BenchReport
-from partitioner.constants import codec_figures, machines, overheads
+from partitioner.constants import codec_figures, machines, outside_bytes, overheads
 from partitioner.cost import evaluate
 from partitioner.profiling import Column, Profile
 from splitnet.cluster import Cluster, Link
 from splitnet.errors import BadInput, NoPlan
-from splitnet.plan import CLIENT, Plan
+from splitnet.plan import Plan
 
 __all__ = ["corrected"]
 
@@ -109,8 +109,7 @@ def _at_its_pace(profile: Profile, cluster: Cluster, plan: Plan, report: BenchRe
     used, shared = [cluster.node(node.name) for node in plan.nodes], machines(cluster)
     place = {vertex.name: i for i, vertex in enumerate(profile.structure.vertices)}
     links = {(link.source, link.target): link for link in cluster.links}
-    client_bytes = sum({t.tensors: t.bytes for t in plan.transfers if CLIENT in (t.source, t.target)}.values())
-    spent = overheads(used, "throughput", shared, client_bytes)
+    spent = overheads(used, "throughput", shared, outside_bytes(plan.transfers))
     codecs = codec_figures(used, "throughput", shared)
 
     def pace(factor: float) -> tuple[float, str]:

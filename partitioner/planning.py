@@ -201,7 +201,7 @@ def _alternatives(draft: Draft) -> tuple[Alternative, ...]:
     """What each node alone would do: its latency with the figures for latency, its throughput with those for throughput."""
     whole = (0, len(draft.operators))
     found = []
-    for one in (draft, draft.other()):
+    for one in (draft, draft.other):
         one = replace(one, allowed=draft.allowed)
         found.append(alternatives(one.scale(one.goal, range(1, 2)), one.problem(whole), whole))
     latencies, rates = found if draft.goal == "latency" else reversed(found)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from partitioner.constants import Goal, codec_figures, machines, overheads
+from partitioner.constants import Goal, codec_figures, machines, outside_bytes, overheads
 from partitioner.cost import CodecFigures
 from partitioner.drawing.canvas import INK, MUTED, ON_FILL, WIDTH, Sheet, stage_colour, text_width, tint
 from partitioner.simulation import Interval, Simulation, simulate
@@ -131,7 +131,7 @@ def timeline(plan: Plan, cluster: Cluster | None, profile: Profile | None = None
 
     def play(goal: Goal, requests: int) -> Simulation:
         figures = codec_figures(used, goal, shared) | {name: CodecFigures() for name in unknown}
-        spent = overheads(used, goal, shared, _client_bytes(plan))
+        spent = overheads(used, goal, shared, outside_bytes(plan.transfers))
         seconds = _busy_s(plan, cluster, profile) if goal == "throughput" else None
         return simulate(plan, links, seconds=seconds, codecs=figures, overheads=spent, machines=shared, requests=requests)
 
@@ -156,12 +156,6 @@ def _busy_s(plan: Plan, cluster: Cluster | None, profile: Profile | None) -> dic
     if cluster is None or profile is None:
         return {}
     return {stage.name: stage.seconds * profile.on(cluster.node(stage.node)).sustained for stage in plan.stages}
-
-
-def _client_bytes(plan: Plan) -> int:
-    """What the ingress takes from the client and sends to it, as far as the plan tells: an input that several stages take counts once."""
-    ends = {t.tensors: t.bytes for t in plan.transfers if CLIENT in (t.source, t.target)}
-    return sum(ends.values())
 
 
 def _rows(plan: Plan, played: Simulation) -> list[str]:

@@ -32,12 +32,12 @@ from testbed.spec import load
 import partitioner
 import splitnet
 from partitioner.benching import random_inputs
-from partitioner.constants import Goal, codec_figures, machines, overheads
+from partitioner.constants import Goal, codec_figures, machines, outside_bytes, overheads
 from partitioner.simulation import simulate
 from splitnet.cluster import Cluster
 from splitnet.explain import table
 from splitnet.install import status
-from splitnet.plan import CLIENT, Plan
+from splitnet.plan import Plan
 
 NAME = "simulated"
 _SECONDS = 3.0  # for each window
@@ -89,10 +89,9 @@ def played(plan: Plan, cluster: Cluster, window: int, requests: int, seconds: di
     links = {(link.source, link.target): link for link in cluster.links}
     shared = machines(cluster)
     goal: Goal = "throughput" if window > 1 else "latency"
-    outside = {t.tensors: t.bytes for t in plan.transfers if CLIENT in (t.source, t.target)}  # an input for several stages comes once
     figures = {
         "codecs": codec_figures(used, goal, shared),
-        "overheads": overheads(used, goal, shared, sum(outside.values())),
+        "overheads": overheads(used, goal, shared, outside_bytes(plan.transfers)),
         "machines": shared,
     }
     return simulate(plan, links, requests=requests, max_in_flight=window, seconds=seconds, **figures).throughput_per_s
