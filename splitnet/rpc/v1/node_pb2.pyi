@@ -5,7 +5,7 @@ The wire contract of a splitnet node.
 
 One service, one process, one box. A client in another language needs three calls: Describe (what is deployed here, what
 goes in, what comes out), Run (send tensors, receive tensors) and nothing else; Forward carries the same Frame between
-nodes. Load / Activate / Unload / Release install a model and take it off again; Probe / Measure measure links and speed.
+nodes. Load / Activate / Switch / Unload / Release install a model and take it off again; Probe / Measure measure links and speed.
 
 Conventions. Sizes are in bytes, times in seconds, both stand in the field's name. Tensors are little-endian. Every
 streamed message is at most 8 MiB; larger tensors are sent as several chunks. Errors are gRPC statuses outside Run and
@@ -125,10 +125,14 @@ class Frame(google.protobuf.message.Message):
     PRIORITY_FIELD_NUMBER: builtins.int
     ACKNOWLEDGE_FIELD_NUMBER: builtins.int
     RECEIVED_FIELD_NUMBER: builtins.int
+    STEPS_FIELD_NUMBER: builtins.int
+    GENERATE_FIELD_NUMBER: builtins.int
     PAYLOAD_FIELD_NUMBER: builtins.int
+    GENERATED_FIELD_NUMBER: builtins.int
     request: builtins.str
     """the request's id: 1 to 64 characters of [A-Za-z0-9_-], chosen by the client, unique"""
     deployment: builtins.str
+    """Run: its name. Forward: the generation's key, which is the name for the first one and NAME@GENERATION for the others"""
     stage: builtins.str
     """the stage this is for; empty: for the ingress (Run's input, or a result that goes to the client)"""
     ingress: builtins.str
@@ -141,6 +145,8 @@ class Frame(google.protobuf.message.Message):
     """Run: 0 (usual) to 9 (most urgent), on the request's first frame"""
     acknowledge: builtins.bool
     """Forward: the sender wants a Received as soon as this frame is there (it measures the link by that)"""
+    steps: builtins.bytes
+    """Forward, decoder models: what a forward pass does, on its tensor's first frame (see nodes/generation/orders.py)"""
     payload: builtins.bytes
     @property
     def tensor(self) -> Global___TensorChunk: ...
@@ -155,6 +161,14 @@ class Frame(google.protobuf.message.Message):
     @property
     def received(self) -> Global___Received:
         """Forward, back to the sender"""
+
+    @property
+    def generate(self) -> Global___Generate:
+        """Run: generate text from the tensor `input_ids`; on the request's first frame"""
+
+    @property
+    def generated(self) -> Global___Generated:
+        """Run, the answer to `generate`: on its last frame"""
 
     def __init__(
         self,
@@ -171,12 +185,107 @@ class Frame(google.protobuf.message.Message):
         priority: builtins.int = ...,
         acknowledge: builtins.bool = ...,
         received: Global___Received | None = ...,
+        steps: builtins.bytes = ...,
+        generate: Global___Generate | None = ...,
         payload: builtins.bytes = ...,
+        generated: Global___Generated | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["cancel", b"cancel", "failure", b"failure", "received", b"received", "tensor", b"tensor"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["acknowledge", b"acknowledge", "cancel", b"cancel", "deployment", b"deployment", "end", b"end", "failure", b"failure", "ingress", b"ingress", "payload", b"payload", "priority", b"priority", "received", b"received", "request", b"request", "stage", b"stage", "tensor", b"tensor", "timeout_s", b"timeout_s"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["cancel", b"cancel", "failure", b"failure", "generate", b"generate", "generated", b"generated", "received", b"received", "tensor", b"tensor"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["acknowledge", b"acknowledge", "cancel", b"cancel", "deployment", b"deployment", "end", b"end", "failure", b"failure", "generate", b"generate", "generated", b"generated", "ingress", b"ingress", "payload", b"payload", "priority", b"priority", "received", b"received", "request", b"request", "stage", b"stage", "steps", b"steps", "tensor", b"tensor", "timeout_s", b"timeout_s"]) -> None: ...
 
 Global___Frame: typing_extensions.TypeAlias = Frame
+
+@typing.final
+class Generate(google.protobuf.message.Message):
+    """A continuation of the request's tensor `input_ids` is wanted. The answer comes piece by piece as tensors `tokens` (int32 [count]), each as soon as
+    its tokens are there, those that end it included. Cancel ends it early and frees what the nodes keep for it.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MAX_NEW_TOKENS_FIELD_NUMBER: builtins.int
+    TEMPERATURE_FIELD_NUMBER: builtins.int
+    TOP_P_FIELD_NUMBER: builtins.int
+    TOP_K_FIELD_NUMBER: builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: builtins.int
+    SEED_FIELD_NUMBER: builtins.int
+    STOP_FIELD_NUMBER: builtins.int
+    IGNORE_EOS_FIELD_NUMBER: builtins.int
+    max_new_tokens: builtins.int
+    """at least 1; with the prompt at most the deployment's context_length"""
+    temperature: builtins.float
+    """0: greedy"""
+    top_p: builtins.float
+    """0 stands for 1: all"""
+    top_k: builtins.int
+    """0: all"""
+    repetition_penalty: builtins.float
+    """0 stands for 1: none"""
+    seed: builtins.int
+    """of the draws, where the temperature is not 0: the same seed gives the same tokens"""
+    ignore_eos: builtins.bool
+    """the model's own end does not"""
+    @property
+    def stop(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenSequence]:
+        """each of these ends it"""
+
+    def __init__(
+        self,
+        *,
+        max_new_tokens: builtins.int = ...,
+        temperature: builtins.float = ...,
+        top_p: builtins.float = ...,
+        top_k: builtins.int = ...,
+        repetition_penalty: builtins.float = ...,
+        seed: builtins.int = ...,
+        stop: collections.abc.Iterable[Global___TokenSequence] | None = ...,
+        ignore_eos: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["ignore_eos", b"ignore_eos", "max_new_tokens", b"max_new_tokens", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
+
+Global___Generate: typing_extensions.TypeAlias = Generate
+
+@typing.final
+class TokenSequence(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: builtins.int
+    @property
+    def tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        tokens: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["tokens", b"tokens"]) -> None: ...
+
+Global___TokenSequence: typing_extensions.TypeAlias = TokenSequence
+
+@typing.final
+class Generated(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FINISH_FIELD_NUMBER: builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: builtins.int
+    NEW_TOKENS_FIELD_NUMBER: builtins.int
+    finish: builtins.str
+    """"stop" (an end or a stop sequence), "length" (max_new_tokens)"""
+    prompt_tokens: builtins.int
+    cached_tokens: builtins.int
+    """of the prompt, that were not computed again because an earlier request began with them"""
+    new_tokens: builtins.int
+    def __init__(
+        self,
+        *,
+        finish: builtins.str = ...,
+        prompt_tokens: builtins.int = ...,
+        cached_tokens: builtins.int = ...,
+        new_tokens: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cached_tokens", b"cached_tokens", "finish", b"finish", "new_tokens", b"new_tokens", "prompt_tokens", b"prompt_tokens"]) -> None: ...
+
+Global___Generated: typing_extensions.TypeAlias = Generated
 
 @typing.final
 class Received(google.protobuf.message.Message):
@@ -211,6 +320,34 @@ class Cancel(google.protobuf.message.Message):
 Global___Cancel: typing_extensions.TypeAlias = Cancel
 
 @typing.final
+class Beat(google.protobuf.message.Message):
+    """The first one of a stream carries all fields, later ones the number."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    PERIOD_S_FIELD_NUMBER: builtins.int
+    PATIENCE_S_FIELD_NUMBER: builtins.int
+    PROCESS_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    period_s: builtins.float
+    patience_s: builtins.float
+    """of the caller, at first; what it is later follows the link"""
+    process: builtins.str
+    """answer: changes when the node was started anew"""
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        period_s: builtins.float = ...,
+        patience_s: builtins.float = ...,
+        process: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["number", b"number", "patience_s", b"patience_s", "period_s", b"period_s", "process", b"process"]) -> None: ...
+
+Global___Beat: typing_extensions.TypeAlias = Beat
+
+@typing.final
 class Failure(google.protobuf.message.Message):
     """Why a request failed, and what to do."""
 
@@ -224,6 +361,7 @@ class Failure(google.protobuf.message.Message):
     RETRY_AFTER_S_FIELD_NUMBER: builtins.int
     KIND_FIELD_NUMBER: builtins.int
     REQUEST_FIELD_NUMBER: builtins.int
+    ADDRESS_FIELD_NUMBER: builtins.int
     code: builtins.int
     """a gRPC status code"""
     message: builtins.str
@@ -236,6 +374,8 @@ class Failure(google.protobuf.message.Message):
     """the name of the error class, for an SDK"""
     request: builtins.str
     """the request it belongs to; empty inside a Frame, which names it"""
+    address: builtins.str
+    """of kind Moved: where to send it instead, and those that follow"""
     def __init__(
         self,
         *,
@@ -247,8 +387,9 @@ class Failure(google.protobuf.message.Message):
         retry_after_s: builtins.float = ...,
         kind: builtins.str = ...,
         request: builtins.str = ...,
+        address: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["code", b"code", "kind", b"kind", "message", b"message", "node", b"node", "remedy", b"remedy", "request", b"request", "retry_after_s", b"retry_after_s", "stage", b"stage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "code", b"code", "kind", b"kind", "message", b"message", "node", b"node", "remedy", b"remedy", "request", b"request", "retry_after_s", b"retry_after_s", "stage", b"stage"]) -> None: ...
 
 Global___Failure: typing_extensions.TypeAlias = Failure
 
@@ -259,14 +400,18 @@ class DescribeRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     DEPLOYMENT_FIELD_NUMBER: builtins.int
+    PLANS_FIELD_NUMBER: builtins.int
     deployment: builtins.str
-    """empty: all"""
+    """empty: all; a name: every generation of it; a key (NAME@GENERATION): that one"""
+    plans: builtins.bool
+    """with plan_json and shards of each"""
     def __init__(
         self,
         *,
         deployment: builtins.str = ...,
+        plans: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["deployment", b"deployment"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deployment", b"deployment", "plans", b"plans"]) -> None: ...
 
 Global___DescribeRequest: typing_extensions.TypeAlias = DescribeRequest
 
@@ -274,6 +419,7 @@ Global___DescribeRequest: typing_extensions.TypeAlias = DescribeRequest
 class DescribeReply(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    EVENTS_FIELD_NUMBER: builtins.int
     NAME_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     MEMORY_LIMIT_BYTES_FIELD_NUMBER: builtins.int
@@ -323,6 +469,10 @@ class DescribeReply(google.protobuf.message.Message):
     engine: builtins.str
     """which of the engines it was told to use: "reference", "auto", or a name"""
     @property
+    def events(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Event]:
+        """what befell this node lately, the oldest first"""
+
+    @property
     def deployments(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___DeploymentStatus]: ...
     @property
     def links(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___LinkStatus]: ...
@@ -333,6 +483,7 @@ class DescribeReply(google.protobuf.message.Message):
     def __init__(
         self,
         *,
+        events: collections.abc.Iterable[Global___Event] | None = ...,
         name: builtins.str = ...,
         version: builtins.str = ...,
         memory_limit_bytes: builtins.int = ...,
@@ -355,13 +506,29 @@ class DescribeReply(google.protobuf.message.Message):
         processor: builtins.str = ...,
         engine: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["codecs", b"codecs", "cores", b"cores", "deployments", b"deployments", "device", b"device", "draining", b"draining", "engine", b"engine", "engines", b"engines", "insecure", b"insecure", "links", b"links", "machine", b"machine", "max_message_bytes", b"max_message_bytes", "max_tensor_bytes", b"max_tensor_bytes", "memory_limit_bytes", b"memory_limit_bytes", "memory_used_bytes", b"memory_used_bytes", "name", b"name", "process_memory_bytes", b"process_memory_bytes", "processor", b"processor", "processors", b"processors", "threads", b"threads", "uptime_s", b"uptime_s", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["codecs", b"codecs", "cores", b"cores", "deployments", b"deployments", "device", b"device", "draining", b"draining", "engine", b"engine", "engines", b"engines", "events", b"events", "insecure", b"insecure", "links", b"links", "machine", b"machine", "max_message_bytes", b"max_message_bytes", "max_tensor_bytes", b"max_tensor_bytes", "memory_limit_bytes", b"memory_limit_bytes", "memory_used_bytes", b"memory_used_bytes", "name", b"name", "process_memory_bytes", b"process_memory_bytes", "processor", b"processor", "processors", b"processors", "threads", b"threads", "uptime_s", b"uptime_s", "version", b"version"]) -> None: ...
 
 Global___DescribeReply: typing_extensions.TypeAlias = DescribeReply
 
 @typing.final
 class DeploymentStatus(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class ShardsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
     NAME_FIELD_NUMBER: builtins.int
     PLAN_SHA256_FIELD_NUMBER: builtins.int
@@ -378,6 +545,15 @@ class DeploymentStatus(google.protobuf.message.Message):
     MAX_DELAY_S_FIELD_NUMBER: builtins.int
     MICROBATCH_FIELD_NUMBER: builtins.int
     WAITING_FIELD_NUMBER: builtins.int
+    GENERATION_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    SHARE_FIELD_NUMBER: builtins.int
+    ANSWERED_FIELD_NUMBER: builtins.int
+    UNANSWERED_FIELD_NUMBER: builtins.int
+    MOVED_TO_FIELD_NUMBER: builtins.int
+    PLAN_JSON_FIELD_NUMBER: builtins.int
+    SHARDS_FIELD_NUMBER: builtins.int
+    GENERATING_FIELD_NUMBER: builtins.int
     name: builtins.str
     plan_sha256: builtins.str
     node: builtins.str
@@ -397,12 +573,37 @@ class DeploymentStatus(google.protobuf.message.Message):
     """a request with more rows goes in pieces of that many; 0: whole"""
     waiting: builtins.int
     """requests in line at the ingress, of those in flight"""
+    generation: builtins.int
+    """A deployment may be here in several generations, each with a plan of its own; each stands in a status of its own.
+    1 or more; 0: of a node that knows no generations
+    """
+    state: builtins.str
+    """active, canary (takes `share` of the new requests), loaded (takes none yet), kept (to go back to), draining,"""
+    share: builtins.float
+    """moved (it was here; requests go to moved_to)
+    of new requests, as this node knows it
+    """
+    answered: builtins.int
+    """at the ingress, since activation"""
+    unanswered: builtins.int
+    """failed, cancelled or out of time"""
+    moved_to: builtins.str
+    """the address of the ingress, where it is another node now: clients go there"""
+    plan_json: builtins.bytes
     @property
     def inputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
     @property
     def outputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
     @property
     def stages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___StageStatus]: ...
+    @property
+    def shards(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """of this node's stages: sha256 of their manifests"""
+
+    @property
+    def generating(self) -> Global___GenerationStatus:
+        """of a decoder model, at the ingress"""
+
     def __init__(
         self,
         *,
@@ -421,10 +622,94 @@ class DeploymentStatus(google.protobuf.message.Message):
         max_delay_s: builtins.float = ...,
         microbatch: builtins.int = ...,
         waiting: builtins.int = ...,
+        generation: builtins.int = ...,
+        state: builtins.str = ...,
+        share: builtins.float = ...,
+        answered: builtins.int = ...,
+        unanswered: builtins.int = ...,
+        moved_to: builtins.str = ...,
+        plan_json: builtins.bytes = ...,
+        shards: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        generating: Global___GenerationStatus | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["in_flight", b"in_flight", "ingress", b"ingress", "ingress_address", b"ingress_address", "inputs", b"inputs", "max_batch", b"max_batch", "max_delay_s", b"max_delay_s", "max_in_flight", b"max_in_flight", "microbatch", b"microbatch", "model", b"model", "name", b"name", "node", b"node", "outputs", b"outputs", "plan_sha256", b"plan_sha256", "stages", b"stages", "waiting", b"waiting"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["generating", b"generating"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["answered", b"answered", "generating", b"generating", "generation", b"generation", "in_flight", b"in_flight", "ingress", b"ingress", "ingress_address", b"ingress_address", "inputs", b"inputs", "max_batch", b"max_batch", "max_delay_s", b"max_delay_s", "max_in_flight", b"max_in_flight", "microbatch", b"microbatch", "model", b"model", "moved_to", b"moved_to", "name", b"name", "node", b"node", "outputs", b"outputs", "plan_json", b"plan_json", "plan_sha256", b"plan_sha256", "shards", b"shards", "share", b"share", "stages", b"stages", "state", b"state", "unanswered", b"unanswered", "waiting", b"waiting"]) -> None: ...
 
 Global___DeploymentStatus: typing_extensions.TypeAlias = DeploymentStatus
+
+@typing.final
+class GenerationStatus(google.protobuf.message.Message):
+    """What a decoder model's deployment takes, and what it is doing. Counts are since activation."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CONTEXT_LENGTH_FIELD_NUMBER: builtins.int
+    VOCABULARY_FIELD_NUMBER: builtins.int
+    EOS_TOKEN_IDS_FIELD_NUMBER: builtins.int
+    BOS_TOKEN_IDS_FIELD_NUMBER: builtins.int
+    TOKENIZER_FIELD_NUMBER: builtins.int
+    CACHE_TOKENS_FIELD_NUMBER: builtins.int
+    FREE_TOKENS_FIELD_NUMBER: builtins.int
+    SESSIONS_FIELD_NUMBER: builtins.int
+    KEPT_FIELD_NUMBER: builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: builtins.int
+    NEW_TOKENS_FIELD_NUMBER: builtins.int
+    PASSES_FIELD_NUMBER: builtins.int
+    PASSES_IN_FLIGHT_FIELD_NUMBER: builtins.int
+    DRAFTED_TOKENS_FIELD_NUMBER: builtins.int
+    ACCEPTED_TOKENS_FIELD_NUMBER: builtins.int
+    context_length: builtins.int
+    """tokens of one session, prompt and answer"""
+    vocabulary: builtins.int
+    tokenizer: builtins.str
+    """the directory or repository that the model was read from"""
+    cache_tokens: builtins.int
+    """slots of each stage's caches"""
+    free_tokens: builtins.int
+    """of these, not promised to a session"""
+    sessions: builtins.int
+    """live"""
+    kept: builtins.int
+    """ended sessions whose caches are kept, for prompts that begin like them"""
+    prompt_tokens: builtins.int
+    cached_tokens: builtins.int
+    """of these, not computed again"""
+    new_tokens: builtins.int
+    passes: builtins.int
+    """forward passes"""
+    passes_in_flight: builtins.int
+    drafted_tokens: builtins.int
+    """guessed beforehand"""
+    accepted_tokens: builtins.int
+    """of these, right"""
+    @property
+    def eos_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def bos_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        context_length: builtins.int = ...,
+        vocabulary: builtins.int = ...,
+        eos_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        bos_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        tokenizer: builtins.str = ...,
+        cache_tokens: builtins.int = ...,
+        free_tokens: builtins.int = ...,
+        sessions: builtins.int = ...,
+        kept: builtins.int = ...,
+        prompt_tokens: builtins.int = ...,
+        cached_tokens: builtins.int = ...,
+        new_tokens: builtins.int = ...,
+        passes: builtins.int = ...,
+        passes_in_flight: builtins.int = ...,
+        drafted_tokens: builtins.int = ...,
+        accepted_tokens: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accepted_tokens", b"accepted_tokens", "bos_token_ids", b"bos_token_ids", "cache_tokens", b"cache_tokens", "cached_tokens", b"cached_tokens", "context_length", b"context_length", "drafted_tokens", b"drafted_tokens", "eos_token_ids", b"eos_token_ids", "free_tokens", b"free_tokens", "kept", b"kept", "new_tokens", b"new_tokens", "passes", b"passes", "passes_in_flight", b"passes_in_flight", "prompt_tokens", b"prompt_tokens", "sessions", b"sessions", "tokenizer", b"tokenizer", "vocabulary", b"vocabulary"]) -> None: ...
+
+Global___GenerationStatus: typing_extensions.TypeAlias = GenerationStatus
 
 @typing.final
 class StageStatus(google.protobuf.message.Message):
@@ -528,6 +813,38 @@ class LinkStatus(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["address", b"address", "codecs", b"codecs", "connected", b"connected", "frames", b"frames", "goodput_bytes_per_s", b"goodput_bytes_per_s", "queued_bytes", b"queued_bytes", "raw_bytes", b"raw_bytes", "round_trip_s", b"round_trip_s", "sent_bytes", b"sent_bytes", "target", b"target", "unacknowledged_bytes", b"unacknowledged_bytes"]) -> None: ...
 
 Global___LinkStatus: typing_extensions.TypeAlias = LinkStatus
+
+@typing.final
+class Event(google.protobuf.message.Message):
+    """Something that people want to know afterwards: a node was lost, came back, was replaced; requests were sent again."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TIME_S_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    NODE_FIELD_NUMBER: builtins.int
+    DEPLOYMENT_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    time_s: builtins.float
+    """since the epoch, by this node's clock"""
+    kind: builtins.str
+    """lost, back, replaced, replayed, unrecoverable, restored"""
+    node: builtins.str
+    """whom it is about"""
+    deployment: builtins.str
+    text: builtins.str
+    def __init__(
+        self,
+        *,
+        time_s: builtins.float = ...,
+        kind: builtins.str = ...,
+        node: builtins.str = ...,
+        deployment: builtins.str = ...,
+        text: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deployment", b"deployment", "kind", b"kind", "node", b"node", "text", b"text", "time_s", b"time_s"]) -> None: ...
+
+Global___Event: typing_extensions.TypeAlias = Event
 
 @typing.final
 class CodecInUse(google.protobuf.message.Message):
@@ -654,10 +971,16 @@ class ActivateRequest(google.protobuf.message.Message):
     PLAN_JSON_FIELD_NUMBER: builtins.int
     NODE_FIELD_NUMBER: builtins.int
     SHARDS_FIELD_NUMBER: builtins.int
+    GENERATION_FIELD_NUMBER: builtins.int
+    WAIT_FIELD_NUMBER: builtins.int
     deployment: builtins.str
     plan_json: builtins.bytes
     node: builtins.str
     """which of the plan's nodes this one is"""
+    generation: builtins.int
+    """which one of that name; 0 is the first. Each has its own plan, and all may be here at once"""
+    wait: builtins.bool
+    """loaded beside the others, and takes no new requests until Switch says so"""
     @property
     def shards(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """stage -> sha256 of its shard's manifest"""
@@ -669,10 +992,59 @@ class ActivateRequest(google.protobuf.message.Message):
         plan_json: builtins.bytes = ...,
         node: builtins.str = ...,
         shards: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        generation: builtins.int = ...,
+        wait: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["deployment", b"deployment", "node", b"node", "plan_json", b"plan_json", "shards", b"shards"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deployment", b"deployment", "generation", b"generation", "node", b"node", "plan_json", b"plan_json", "shards", b"shards", "wait", b"wait"]) -> None: ...
 
 Global___ActivateRequest: typing_extensions.TypeAlias = ActivateRequest
+
+@typing.final
+class SwitchRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DEPLOYMENT_FIELD_NUMBER: builtins.int
+    GENERATION_FIELD_NUMBER: builtins.int
+    SHARE_FIELD_NUMBER: builtins.int
+    INGRESS_ADDRESS_FIELD_NUMBER: builtins.int
+    KEEP_FIELD_NUMBER: builtins.int
+    deployment: builtins.str
+    generation: builtins.int
+    """takes `share` of the new requests, or all of them"""
+    share: builtins.float
+    """0: takes none any more, and what is active takes all. 1: it is the active one from now on"""
+    ingress_address: builtins.str
+    """of that generation, for a node that does not hold it"""
+    keep: builtins.bool
+    """the one that was active before stays, to go back to"""
+    def __init__(
+        self,
+        *,
+        deployment: builtins.str = ...,
+        generation: builtins.int = ...,
+        share: builtins.float = ...,
+        ingress_address: builtins.str = ...,
+        keep: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deployment", b"deployment", "generation", b"generation", "ingress_address", b"ingress_address", "keep", b"keep", "share", b"share"]) -> None: ...
+
+Global___SwitchRequest: typing_extensions.TypeAlias = SwitchRequest
+
+@typing.final
+class SwitchReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BEFORE_FIELD_NUMBER: builtins.int
+    before: builtins.int
+    """the generation that was active; 0: none"""
+    def __init__(
+        self,
+        *,
+        before: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["before", b"before"]) -> None: ...
+
+Global___SwitchReply: typing_extensions.TypeAlias = SwitchReply
 
 @typing.final
 class ActivateReply(google.protobuf.message.Message):
@@ -699,19 +1071,23 @@ class UnloadRequest(google.protobuf.message.Message):
     DEPLOYMENT_FIELD_NUMBER: builtins.int
     DRAIN_S_FIELD_NUMBER: builtins.int
     DELETE_BLOBS_FIELD_NUMBER: builtins.int
+    GENERATION_FIELD_NUMBER: builtins.int
     deployment: builtins.str
     drain_s: builtins.float
     """how long requests in flight may take to finish; 0: cancel them"""
     delete_blobs: builtins.bool
     """also remove blobs that no deployment uses"""
+    generation: builtins.int
+    """only that one; 0: all of that name"""
     def __init__(
         self,
         *,
         deployment: builtins.str = ...,
         drain_s: builtins.float = ...,
         delete_blobs: builtins.bool = ...,
+        generation: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["delete_blobs", b"delete_blobs", "deployment", b"deployment", "drain_s", b"drain_s"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["delete_blobs", b"delete_blobs", "deployment", b"deployment", "drain_s", b"drain_s", "generation", b"generation"]) -> None: ...
 
 Global___UnloadRequest: typing_extensions.TypeAlias = UnloadRequest
 

@@ -49,6 +49,11 @@ class NodeStub(object):
                 request_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.ActivateRequest.SerializeToString,
                 response_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.ActivateReply.FromString,
                 _registered_method=True)
+        self.Switch = channel.unary_unary(
+                '/splitnet.rpc.v1.Node/Switch',
+                request_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.SwitchRequest.SerializeToString,
+                response_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.SwitchReply.FromString,
+                _registered_method=True)
         self.Unload = channel.unary_unary(
                 '/splitnet.rpc.v1.Node/Unload',
                 request_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.UnloadRequest.SerializeToString,
@@ -68,6 +73,11 @@ class NodeStub(object):
                 '/splitnet.rpc.v1.Node/Forward',
                 request_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.Frame.SerializeToString,
                 response_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.Frame.FromString,
+                _registered_method=True)
+        self.Heartbeat = channel.stream_stream(
+                '/splitnet.rpc.v1.Node/Heartbeat',
+                request_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.Beat.SerializeToString,
+                response_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.Beat.FromString,
                 _registered_method=True)
         self.Probe = channel.stream_stream(
                 '/splitnet.rpc.v1.Node/Probe',
@@ -108,8 +118,15 @@ class NodeServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Switch(self, request, context):
+        """Says which generation of a deployment takes the new requests, all of them or a share. Calls that were admitted stay with theirs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Unload(self, request, context):
-        """Drains and removes a deployment from this node.
+        """Drains and removes a deployment, or one generation of it, from this node.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -138,6 +155,15 @@ class NodeServicer(object):
         of the call say who sends: splitnet-node and splitnet-address, as in the plan.
         A node that stops tells each ingress with a Failure that names itself and no request; the ingress admits nothing new, and
         sends a Cancel that names no request once nothing of the deployment is in flight any more. Then the node closes its streams.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Heartbeat(self, request_iterator, context):
+        """Says "I am here" to each other, on a connection of its own, so that it never waits behind tensors. The caller sends a Beat every
+        `period_s`; the node sends it back at once. Whoever has heard nothing for `patience_s` takes the other for gone, whatever its
+        connections look like. A node as caller names itself by the metadata of Forward; a client need not.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -175,6 +201,11 @@ def add_NodeServicer_to_server(servicer, server):
                     request_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.ActivateRequest.FromString,
                     response_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.ActivateReply.SerializeToString,
             ),
+            'Switch': grpc.unary_unary_rpc_method_handler(
+                    servicer.Switch,
+                    request_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.SwitchRequest.FromString,
+                    response_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.SwitchReply.SerializeToString,
+            ),
             'Unload': grpc.unary_unary_rpc_method_handler(
                     servicer.Unload,
                     request_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.UnloadRequest.FromString,
@@ -194,6 +225,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.Forward,
                     request_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.Frame.FromString,
                     response_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.Frame.SerializeToString,
+            ),
+            'Heartbeat': grpc.stream_stream_rpc_method_handler(
+                    servicer.Heartbeat,
+                    request_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.Beat.FromString,
+                    response_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.Beat.SerializeToString,
             ),
             'Probe': grpc.stream_stream_rpc_method_handler(
                     servicer.Probe,
@@ -287,6 +323,33 @@ class Node(object):
             '/splitnet.rpc.v1.Node/Activate',
             splitnet_dot_rpc_dot_v1_dot_node__pb2.ActivateRequest.SerializeToString,
             splitnet_dot_rpc_dot_v1_dot_node__pb2.ActivateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Switch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/splitnet.rpc.v1.Node/Switch',
+            splitnet_dot_rpc_dot_v1_dot_node__pb2.SwitchRequest.SerializeToString,
+            splitnet_dot_rpc_dot_v1_dot_node__pb2.SwitchReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -395,6 +458,33 @@ class Node(object):
             '/splitnet.rpc.v1.Node/Forward',
             splitnet_dot_rpc_dot_v1_dot_node__pb2.Frame.SerializeToString,
             splitnet_dot_rpc_dot_v1_dot_node__pb2.Frame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Heartbeat(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/splitnet.rpc.v1.Node/Heartbeat',
+            splitnet_dot_rpc_dot_v1_dot_node__pb2.Beat.SerializeToString,
+            splitnet_dot_rpc_dot_v1_dot_node__pb2.Beat.FromString,
             options,
             channel_credentials,
             insecure,

@@ -5,7 +5,7 @@ The wire contract of a splitnet node.
 
 One service, one process, one box. A client in another language needs three calls: Describe (what is deployed here, what
 goes in, what comes out), Run (send tensors, receive tensors) and nothing else; Forward carries the same Frame between
-nodes. Load / Activate / Unload / Release install a model and take it off again; Probe / Measure measure links and speed.
+nodes. Load / Activate / Switch / Unload / Release install a model and take it off again; Probe / Measure measure links and speed.
 
 Conventions. Sizes are in bytes, times in seconds, both stand in the field's name. Tensors are little-endian. Every
 streamed message is at most 8 MiB; larger tensors are sent as several chunks. Errors are gRPC statuses outside Run and
@@ -82,6 +82,22 @@ _NodeActivateType = typing_extensions.TypeVar(
     ],
 )
 
+_NodeSwitchType = typing_extensions.TypeVar(
+    '_NodeSwitchType',
+    grpc.UnaryUnaryMultiCallable[
+        splitnet.rpc.v1.node_pb2.SwitchRequest,
+        splitnet.rpc.v1.node_pb2.SwitchReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        splitnet.rpc.v1.node_pb2.SwitchRequest,
+        splitnet.rpc.v1.node_pb2.SwitchReply,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        splitnet.rpc.v1.node_pb2.SwitchRequest,
+        splitnet.rpc.v1.node_pb2.SwitchReply,
+    ],
+)
+
 _NodeUnloadType = typing_extensions.TypeVar(
     '_NodeUnloadType',
     grpc.UnaryUnaryMultiCallable[
@@ -146,6 +162,22 @@ _NodeForwardType = typing_extensions.TypeVar(
     ],
 )
 
+_NodeHeartbeatType = typing_extensions.TypeVar(
+    '_NodeHeartbeatType',
+    grpc.StreamStreamMultiCallable[
+        splitnet.rpc.v1.node_pb2.Beat,
+        splitnet.rpc.v1.node_pb2.Beat,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        splitnet.rpc.v1.node_pb2.Beat,
+        splitnet.rpc.v1.node_pb2.Beat,
+    ],
+    default=grpc.StreamStreamMultiCallable[
+        splitnet.rpc.v1.node_pb2.Beat,
+        splitnet.rpc.v1.node_pb2.Beat,
+    ],
+)
+
 _NodeProbeType = typing_extensions.TypeVar(
     '_NodeProbeType',
     grpc.StreamStreamMultiCallable[
@@ -178,7 +210,7 @@ _NodeMeasureType = typing_extensions.TypeVar(
     ],
 )
 
-class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateType, _NodeUnloadType, _NodeReleaseType, _NodeRunType, _NodeForwardType, _NodeProbeType, _NodeMeasureType]):
+class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateType, _NodeSwitchType, _NodeUnloadType, _NodeReleaseType, _NodeRunType, _NodeForwardType, _NodeHeartbeatType, _NodeProbeType, _NodeMeasureType]):
     @typing.overload
     def __init__(self: NodeStub[
         grpc.UnaryUnaryMultiCallable[
@@ -192,6 +224,10 @@ class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateTyp
         grpc.UnaryUnaryMultiCallable[
             splitnet.rpc.v1.node_pb2.ActivateRequest,
             splitnet.rpc.v1.node_pb2.ActivateReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            splitnet.rpc.v1.node_pb2.SwitchRequest,
+            splitnet.rpc.v1.node_pb2.SwitchReply,
         ],
         grpc.UnaryUnaryMultiCallable[
             splitnet.rpc.v1.node_pb2.UnloadRequest,
@@ -208,6 +244,10 @@ class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateTyp
         grpc.StreamStreamMultiCallable[
             splitnet.rpc.v1.node_pb2.Frame,
             splitnet.rpc.v1.node_pb2.Frame,
+        ],
+        grpc.StreamStreamMultiCallable[
+            splitnet.rpc.v1.node_pb2.Beat,
+            splitnet.rpc.v1.node_pb2.Beat,
         ],
         grpc.StreamStreamMultiCallable[
             splitnet.rpc.v1.node_pb2.ProbeRequest,
@@ -234,6 +274,10 @@ class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateTyp
             splitnet.rpc.v1.node_pb2.ActivateReply,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            splitnet.rpc.v1.node_pb2.SwitchRequest,
+            splitnet.rpc.v1.node_pb2.SwitchReply,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             splitnet.rpc.v1.node_pb2.UnloadRequest,
             splitnet.rpc.v1.node_pb2.UnloadReply,
         ],
@@ -248,6 +292,10 @@ class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateTyp
         grpc.aio.StreamStreamMultiCallable[
             splitnet.rpc.v1.node_pb2.Frame,
             splitnet.rpc.v1.node_pb2.Frame,
+        ],
+        grpc.aio.StreamStreamMultiCallable[
+            splitnet.rpc.v1.node_pb2.Beat,
+            splitnet.rpc.v1.node_pb2.Beat,
         ],
         grpc.aio.StreamStreamMultiCallable[
             splitnet.rpc.v1.node_pb2.ProbeRequest,
@@ -272,8 +320,11 @@ class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateTyp
     Activate: _NodeActivateType
     """Makes this node serve its stages of a plan. Idempotent for the same name and plan. All blobs must have been loaded."""
 
+    Switch: _NodeSwitchType
+    """Says which generation of a deployment takes the new requests, all of them or a share. Calls that were admitted stay with theirs."""
+
     Unload: _NodeUnloadType
-    """Drains and removes a deployment from this node."""
+    """Drains and removes a deployment, or one generation of it, from this node."""
 
     Release: _NodeReleaseType
     """Removes blobs that Load has brought, such as those of a measurement, but for what a deployment uses or is being measured. A
@@ -291,6 +342,12 @@ class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateTyp
     of the call say who sends: splitnet-node and splitnet-address, as in the plan.
     A node that stops tells each ingress with a Failure that names itself and no request; the ingress admits nothing new, and
     sends a Cancel that names no request once nothing of the deployment is in flight any more. Then the node closes its streams.
+    """
+
+    Heartbeat: _NodeHeartbeatType
+    """Says "I am here" to each other, on a connection of its own, so that it never waits behind tensors. The caller sends a Beat every
+    `period_s`; the node sends it back at once. Whoever has heard nothing for `patience_s` takes the other for gone, whatever its
+    connections look like. A node as caller names itself by the metadata of Forward; a client need not.
     """
 
     Probe: _NodeProbeType
@@ -313,6 +370,10 @@ NodeAsyncStub: typing_extensions.TypeAlias = NodeStub[
         splitnet.rpc.v1.node_pb2.ActivateReply,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
+        splitnet.rpc.v1.node_pb2.SwitchRequest,
+        splitnet.rpc.v1.node_pb2.SwitchReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
         splitnet.rpc.v1.node_pb2.UnloadRequest,
         splitnet.rpc.v1.node_pb2.UnloadReply,
     ],
@@ -327,6 +388,10 @@ NodeAsyncStub: typing_extensions.TypeAlias = NodeStub[
     grpc.aio.StreamStreamMultiCallable[
         splitnet.rpc.v1.node_pb2.Frame,
         splitnet.rpc.v1.node_pb2.Frame,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        splitnet.rpc.v1.node_pb2.Beat,
+        splitnet.rpc.v1.node_pb2.Beat,
     ],
     grpc.aio.StreamStreamMultiCallable[
         splitnet.rpc.v1.node_pb2.ProbeRequest,
@@ -368,12 +433,20 @@ class NodeServicer(metaclass=abc.ABCMeta):
         """Makes this node serve its stages of a plan. Idempotent for the same name and plan. All blobs must have been loaded."""
 
     @abc.abstractmethod
+    def Switch(
+        self,
+        request: splitnet.rpc.v1.node_pb2.SwitchRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[splitnet.rpc.v1.node_pb2.SwitchReply, collections.abc.Awaitable[splitnet.rpc.v1.node_pb2.SwitchReply]]:
+        """Says which generation of a deployment takes the new requests, all of them or a share. Calls that were admitted stay with theirs."""
+
+    @abc.abstractmethod
     def Unload(
         self,
         request: splitnet.rpc.v1.node_pb2.UnloadRequest,
         context: _ServicerContext,
     ) -> typing.Union[splitnet.rpc.v1.node_pb2.UnloadReply, collections.abc.Awaitable[splitnet.rpc.v1.node_pb2.UnloadReply]]:
-        """Drains and removes a deployment from this node."""
+        """Drains and removes a deployment, or one generation of it, from this node."""
 
     @abc.abstractmethod
     def Release(
@@ -406,6 +479,17 @@ class NodeServicer(metaclass=abc.ABCMeta):
         of the call say who sends: splitnet-node and splitnet-address, as in the plan.
         A node that stops tells each ingress with a Failure that names itself and no request; the ingress admits nothing new, and
         sends a Cancel that names no request once nothing of the deployment is in flight any more. Then the node closes its streams.
+        """
+
+    @abc.abstractmethod
+    def Heartbeat(
+        self,
+        request_iterator: _MaybeAsyncIterator[splitnet.rpc.v1.node_pb2.Beat],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[splitnet.rpc.v1.node_pb2.Beat], collections.abc.AsyncIterator[splitnet.rpc.v1.node_pb2.Beat]]:
+        """Says "I am here" to each other, on a connection of its own, so that it never waits behind tensors. The caller sends a Beat every
+        `period_s`; the node sends it back at once. Whoever has heard nothing for `patience_s` takes the other for gone, whatever its
+        connections look like. A node as caller names itself by the metadata of Forward; a client need not.
         """
 
     @abc.abstractmethod
