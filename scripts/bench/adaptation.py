@@ -130,7 +130,7 @@ def main() -> None:
             f"{arguments.model}: {bytes_text(between.bytes)} cross, planned codec {between.codec}, permitted {', '.join(o.name for o in between.codecs)}"
         )
         inputs = [{k: np.asarray(v) for k, v in example.items()} for example in _examples(model, 3)]
-        with subject.deployed(plan) as served, Steady(served, "testbed", inputs) as steady:
+        with subject.deployed(plan, fixed=False) as served, Steady(served, "testbed", inputs) as steady:
             time.sleep(3.0)
             falls_s = time.monotonic()
             bed.reshape(after)

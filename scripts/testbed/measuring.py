@@ -98,11 +98,12 @@ class Subject:
         return partitioner.plan(self.profile, cluster, objective="throughput", at=list(cuts), nodes=list(nodes))
 
     @contextlib.contextmanager
-    def deployed(self, plan: Plan, name: str = "testbed") -> Iterator[Plan]:
-        """Cut, shipped over unshaped links and activated; gone after the block."""
+    def deployed(self, plan: Plan, name: str = "testbed", *, fixed: bool = True) -> Iterator[Plan]:
+        """Cut, shipped over unshaped links and activated; gone after the block. `fixed`: each transfer keeps its codec."""
         with tempfile.TemporaryDirectory(prefix="splitnet-testbed-") as folder, self.bed.free_for_clients():
             shards = partitioner.cut(self.model, plan, Path(folder))
-            plan = plan.with_fixed_codecs().with_shards({stage: shard.sha256 for stage, shard in shards.items()})  # what was predicted
+            plan = plan.with_shards({stage: shard.sha256 for stage, shard in shards.items()})
+            plan = plan.with_fixed_codecs() if fixed else plan  # what was predicted
             splitnet.deploy(plan, shards, name=name)
         try:
             yield plan
