@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from splitnet import onnx_format
+from splitnet.decoder_format import DECODER_MEMBER, DecoderSpec
 from splitnet.errors import BadShard
 from splitnet.graph import parse
 from splitnet.onnx_nouns import ONNX_MEMBER
@@ -153,6 +154,11 @@ def check_member(file: Path, name: str, *, place: str = "", limits: ShardLimits 
         if size > limits.graph_bytes:
             fault(place, f"the graph has {size} bytes, the limit is {limits.graph_bytes}")
         onnx_format.from_bytes(file.read_bytes(), place=place)
+    if name == DECODER_MEMBER:
+        size = file.stat().st_size
+        if size > limits.manifest_bytes:
+            fault(place, f"has {size} bytes, the limit is {limits.manifest_bytes}")
+        DecoderSpec.from_bytes(file.read_bytes(), place=place)
     return 0
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from splitnet.decoder_format import DECODER_MEMBER
 from splitnet.errors import BadInput, BadShard
 from splitnet.onnx_nouns import ONNX_MEMBER
 from splitnet.tensors import TensorSpec
@@ -60,6 +61,7 @@ class EngineFormat:
 ENGINE_FORMATS: Mapping[str, EngineFormat] = {
     "torch-graph": EngineFormat(frozenset({"graph.json"}), re.compile(rf"graph\.onnx|{_WEIGHTS}")),
     "onnx": EngineFormat(frozenset({ONNX_MEMBER}), re.compile(_WEIGHTS)),  # of a model that came as a .onnx file
+    "decoder": EngineFormat(frozenset({DECODER_MEMBER}), re.compile(_WEIGHTS)),  # layers of a language model, with KV cache
 }
 
 
