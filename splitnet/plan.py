@@ -19,6 +19,7 @@ from typing import Any
 from splitnet.batching import BatchAxes, Batching, find_batch_axes
 from splitnet.documents import load_document
 from splitnet.errors import BadPlan
+from splitnet.generation_plan import Generation
 from splitnet.tensors import TensorSpec
 
 __all__ = ["CLIENT", "PLAN_VERSION", "Alternative", "CodecOption", "NodeRef", "OutputSpec", "Plan", "Prediction", "StageSpec", "Transfer"]
@@ -123,7 +124,7 @@ class Plan:
 
     model: str  # the MODEL argument or the module's class, for people
     model_sha256: str
-    objective: str  # "latency" or "throughput"
+    objective: str  # "latency" or "throughput"; with `generation` also "ttft" or "tpot"
     nodes: tuple[NodeRef, ...]
     stages: tuple[StageSpec, ...]  # in a topological order; the first one's node is the ingress
     transfers: tuple[Transfer, ...]
@@ -133,6 +134,7 @@ class Plan:
     profile_sha256: str = ""
     max_in_flight: int = 16
     batching: Batching = field(default_factory=Batching)
+    generation: Generation | None = None  # of a decoder language model whose stages keep caches
     version: int = PLAN_VERSION
 
     def __post_init__(self) -> None:
@@ -175,7 +177,10 @@ class Plan:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+        document = dataclasses.asdict(self)
+        if self.generation is None:  # such plans read, and hash, as before there was this section
+            del document["generation"]
+        return json.dumps(document, indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Plan:
@@ -232,6 +237,8 @@ def _check(plan: Plan) -> None:
     if plan.max_in_flight < 1:
         raise BadPlan(f"max_in_flight must be at least 1, got {plan.max_in_flight}")
     _ = plan.batch_axes  # there is a batch, if it is to be used
+    if plan.generation is not None:
+        _check_generation(plan, plan.generation)
     nodes = unique([n.name for n in plan.nodes], "node")
     unique([s.name for s in plan.stages], "stage")
     unique([t.name for t in plan.inputs], "input")
@@ -265,6 +272,19 @@ def _check(plan: Plan) -> None:
         missing = sorted(awaited[target] - set(tensors))
         if missing:
             raise BadPlan(f"nothing sends {missing[0]!r} to {target or 'the client'!r}")
+
+
+def _check_generation(plan: Plan, generation: Generation) -> None:
+    """A chain, and figures for each of its stages."""
+    names = [stage.name for stage in plan.stages]
+    if lacking := [name for name in names if name not in generation.kv_bytes_per_token]:
+        raise BadPlan(f"generation.kv_bytes_per_token: nothing is said of stage {lacking[0]!r}")
+    chain = set(zip(["", *names], [*names, ""], strict=True))
+    for transfer in plan.transfers:
+        if (transfer.source, transfer.target) not in chain:
+            raise BadPlan(
+                f"transfer {transfer.source or 'client'!r} -> {transfer.target or 'client'!r}: stages that generate are a chain, each sends to the next"
+            )
 
 
 def _check_codecs(transfer: Transfer, where: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from splitnet.batching import Batching
 from splitnet.errors import BadInput, BadPlan
+from splitnet.generation_plan import Expected, Generation
 from splitnet.plan import Alternative, CodecOption, NodeRef, OutputSpec, Plan, Prediction, StageSpec, Transfer
 from splitnet.tensors import TensorSpec
 
@@ -38,10 +39,18 @@ class _Reader:
             inputs=self._specs,
             outputs=lambda v, p: self._each(v, p, OutputSpec, spec=self._spec),
             batching=lambda v, p: self._make(Batching, v, p),
+            generation=lambda v, p: None if v is None else self._generation(v, p),
             prediction=lambda v, p: None if prediction is None else self._make(
                 Prediction, v, p, memory_bytes=self._figures, bytes_per_link=self._figures, symbols=self._figures,
                 alternatives=lambda w, q: self._each(w, q, Alternative),
             ),
+        )  # fmt: skip
+
+    def _generation(self, v: Any, at: str) -> Generation:
+        return self._make(
+            Generation, v, at, kv_bytes_per_token=self._figures, weights=self._texts, eos_token_ids=self._whole, bos_token_ids=self._whole,
+            expected=lambda w, q: None if w is None else self._make(Expected, w, q),
+            perplexity=lambda w, q: {str(name): self._scalar(figure, "float", f"{q}[{name!r}]") for name, figure in self._object(w, q).items()},
         )  # fmt: skip
 
     def _make(self, cls: type[_T], d: Any, at: str = "", **readers: Any) -> _T:
@@ -85,9 +94,21 @@ class _Reader:
         return tuple(v)
 
     def _figures(self, v: Any, at: str) -> dict[str, int]:
+        return {str(name): self._scalar(figure, "int", f"{at}[{name!r}]") for name, figure in self._object(v, at).items()}
+
+    def _texts(self, v: Any, at: str) -> dict[str, str]:
+        return {str(name): self._scalar(text, "str", f"{at}[{name!r}]") for name, text in self._object(v, at).items()}
+
+    def _whole(self, v: Any, at: str) -> tuple[int, ...]:
+        if not isinstance(v, list):
+            raise BadPlan(f"{at}: expected a list, got {type(v).__name__}")
+        return tuple(self._scalar(item, "int", f"{at}[{i}]") for i, item in enumerate(v))
+
+    @staticmethod
+    def _object(v: Any, at: str) -> Mapping[Any, Any]:
         if not isinstance(v, Mapping):
             raise BadPlan(f"{at}: expected an object, got {type(v).__name__}")
-        return {str(name): self._scalar(figure, "int", f"{at}[{name!r}]") for name, figure in v.items()}
+        return v
 
     def _specs(self, v: Any, at: str) -> tuple[TensorSpec, ...]:
         if not isinstance(v, list):
