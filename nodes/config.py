@@ -13,6 +13,7 @@ from pathlib import Path
 from nodes.engines import REFERENCE, engine_choices
 from splitnet import wire
 from splitnet.errors import BadInput, NotPermitted
+from splitnet.heartbeat import Heartbeat
 
 __all__ = ["LOG_LEVELS", "NodeConfig", "default_data_dir", "parse_bytes"]
 
@@ -36,6 +37,7 @@ class NodeConfig:
     buffer_bytes: int = 2 << 30  #: tensors of all requests held here at one time: received, waiting, to be sent
     request_s: float = 600.0  #: what a request may take that came without a deadline, and at most
     drain_s: float = 10.0  #: what requests in flight may still take when the node is asked to stop
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
     insecure: bool = False
     log_level: str = "info"
     log_json: bool = False

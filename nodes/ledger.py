@@ -186,6 +186,9 @@ class Ledger:
 
     # --------------------------------------------------------------------------------------------------- nodes that go away
 
+    def link_up(self, link: Link) -> None:
+        """Connected, for the first time or again."""
+
     def link_down(self, link: Link, error: SplitnetError, lost: list[RequestKey]) -> None:
         """The ingress fails everything that needs the node: it cannot know how far each request was. Another node reports what it may
         have lost on the way."""

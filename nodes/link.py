@@ -18,6 +18,7 @@ from nodes.outbox import EncodedTensor, Outbox, Parcel
 from nodes.requests import RequestKey
 from splitnet.channel import FrameCall, as_error, forward_stream, from_failure, open_channel, read_frame, to_failure
 from splitnet.errors import NodeUnavailable, SplitnetError
+from splitnet.heartbeat import Heartbeat, Silence, pulse
 from splitnet.plan import NodeRef
 from splitnet.rpc.v1 import node_pb2 as pb
 
@@ -34,6 +35,10 @@ _REMEMBERED = 1024  # requests that were sent lately, which a break may have los
 class LinkEvents(Protocol):
     """What a link tells its owner."""
 
+    def link_up(self, link: Link) -> None:
+        """Connected, for the first time or again."""
+        ...
+
     def link_down(self, link: Link, error: SplitnetError, lost: list[RequestKey]) -> None:
         """An attempt to connect failed, or the stream broke. `lost`: requests of which something may not have arrived."""
         ...
@@ -47,13 +52,17 @@ class Link:
     """What is put in while there is no connection waits for the attempt that is under way (or that this starts), and is forgotten
     when that fails: the owner is told and fails the requests."""
 
-    def __init__(self, source: NodeRef, target: NodeRef, events: LinkEvents, log: Log) -> None:
+    def __init__(self, source: NodeRef, target: NodeRef, events: LinkEvents, log: Log, heartbeat: Heartbeat) -> None:
         self.source = source
         self.target = target
         self.goodput = Goodput()
         self.outbox = Outbox(self.goodput)
         self.connected = False
         self.users = 0
+        self.process = ""  # which one was heard there last; "" while none was
+        self._heartbeat = heartbeat
+        self._silence = Silence(heartbeat)
+        self._fell_silent = False  # so the last connection ended
         self._events = events
         self._log = log.bind(link=f"{source.name}->{target.name}", address=target.address)
         self._recent: OrderedDict[RequestKey, None] = OrderedDict()
@@ -162,6 +171,7 @@ class Link:
             if greeting is None:
                 raise NodeUnavailable(f"{address} ended the stream at once")
             self.connected = True
+            self._events.link_up(self)
             self.goodput.restart(time.monotonic() - asked_s, greeting.frame.HasField("received"))
             self._log.info("link up")
             await self._converse(call)
@@ -171,19 +181,38 @@ class Link:
     async def _converse(self, call: FrameCall) -> None:
         writer = asyncio.create_task(self.outbox.pump(call.write))
         reader = asyncio.create_task(self._listen(call))
+        heart = asyncio.create_task(self._beat())
         self._call = call
         try:
-            await asyncio.wait((writer, reader), return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait((reader,), timeout=1.0)  # it knows the reason, and ends when the writer cannot go on
-            for task in (reader, writer):
+            await asyncio.wait((writer, reader, heart), return_when=asyncio.FIRST_COMPLETED)
+            if not heart.done():
+                await asyncio.wait((reader,), timeout=1.0)  # it knows the reason, and ends when the writer cannot go on
+            for task in (reader, writer, heart):
                 if task.done():
                     task.result()
         finally:
             self._call = None
             call.cancel()
-            for task in (writer, reader):
+            for task in (writer, reader, heart):
                 task.cancel()
-            await asyncio.gather(writer, reader, return_exceptions=True)
+            await asyncio.gather(writer, reader, heart, return_exceptions=True)
+
+    async def _beat(self) -> None:
+        """Until the far side is silent, which it raises as NodeUnavailable; for ever where it knows no heartbeat."""
+        metadata = ((NAME_KEY, self.source.name), (ADDRESS_KEY, self.source.address))
+        try:
+            await pulse(self.target.address, self._heartbeat, self._silence, metadata, self._heard_from)
+        except SplitnetError:
+            self._fell_silent = True
+            raise
+        await asyncio.Event().wait()
+
+    def _heard_from(self, process: str) -> None:
+        if self._fell_silent and process == self.process:
+            self._silence.false_alarm(time.monotonic())
+            self._log.info("it was there all the time; silence is believed later from now on")
+        self._fell_silent = False
+        self.process = process
 
     async def _listen(self, call: FrameCall) -> None:
         while (message := await read_frame(call, self.target.address)) is not None:
@@ -225,9 +254,10 @@ async def _connected(channel: grpc.aio.Channel) -> None:
 class Links:
     """The links of a node, shared by its deployments."""
 
-    def __init__(self, events: LinkEvents, log: Log) -> None:
+    def __init__(self, events: LinkEvents, log: Log, heartbeat: Heartbeat) -> None:
         self._events = events
         self._log = log
+        self._heartbeat = heartbeat
         self._links: dict[tuple[NodeRef, NodeRef], Link] = {}
 
     def __iter__(self) -> Iterator[Link]:
@@ -237,7 +267,7 @@ class Links:
         """To be given back with `release`."""
         link = self._links.get((source, target))
         if link is None:
-            link = self._links[source, target] = Link(source, target, self._events, self._log)
+            link = self._links[source, target] = Link(source, target, self._events, self._log, self._heartbeat)
         link.users += 1
         link.hurry()
         return link

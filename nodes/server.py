@@ -32,7 +32,7 @@ from splitnet.errors import BadInput, NodeUnavailable
 __all__ = ["NodeServer", "serve"]
 
 _CODEC_THREADS = 2
-_MAX_CALLS = 512  # at one time, streams included
+_MAX_CALLS = 1024  # at one time, streams included
 _SWITCH_INTERVAL_S = 0.0005  # the event loop must not wait 5 ms for the compute thread's Python
 _LAST_BYTES_S = 0.2
 _REMEDY = "start it again, and deploy the plan again"
@@ -64,7 +64,7 @@ class NodeServer:
         self._pool = ThreadPoolExecutor(_CODEC_THREADS, thread_name_prefix="splitnet-codec")
         self.ledger = Ledger(config, log)
         pipeline = Pipeline(self.ledger, self.compute, self._pool)
-        self._links = Links(self.ledger, log)
+        self._links = Links(self.ledger, log, config.heartbeat)
         ingress = Ingress(self.ledger, pipeline)
         installer = Installer(self.ledger, store, self.compute, self._links)
         self._servicer = Servicer(

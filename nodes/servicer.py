@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias, TypeVar
 
@@ -16,6 +17,7 @@ from google.protobuf.message_factory import GetMessageClass
 from nodes.clients import ClientStream
 from nodes.compute import ComputeThread
 from nodes.describe import Describer
+from nodes.heartbeat import Pulses
 from nodes.ingress import Ingress
 from nodes.installer import Installer
 from nodes.ledger import Ledger
@@ -63,6 +65,8 @@ class Servicer(NodeServicer):
         self._log = ledger.log
         self.clients: set[ClientStream] = set()
         self._streams: set[Context] = set()
+        self._forwards: dict[NodeRef, Context] = {}  # the newest of each sender
+        self._pulses = Pulses(secrets.token_hex(8), self._fell_silent)
 
     # ------------------------------------------------------------------------------------------------------------ requests
 
@@ -93,6 +97,7 @@ class Servicer(NodeServicer):
         write = _writer(context)
         token = self._ledger.sender_opened(sender)
         self._streams.add(context)
+        self._forwards[sender] = context
         receipts = 0
         try:
             await write(Message(pb.Frame(received=pb.Received())))
@@ -116,14 +121,27 @@ class Servicer(NodeServicer):
             await abort_with(context, error.at(node=self._ledger.config.name))
         finally:
             self._streams.discard(context)
+            if self._forwards.get(sender) is context:
+                del self._forwards[sender]
             self._ledger.sender_closed(sender, token)
+
+    async def Heartbeat(self, request_iterator: AsyncIterator[pb.Beat], context: Context) -> AsyncIterator[pb.Beat]:
+        try:
+            async for beat in self._pulses.answer(request_iterator, _sender(context)):
+                yield beat
+        except SplitnetError as error:
+            await abort_with(context, error.at(node=self._ledger.config.name))
+
+    async def _fell_silent(self, sender: NodeRef, reason: SplitnetError) -> None:
+        """Whatever it sent is given up; should it be there after all, it hears so and begins anew."""
+        if (context := self._forwards.get(sender)) is not None:
+            self._log.warning("a node fell silent", sender=sender.name, address=sender.address, error=reason.message)
+            await _end(context, reason)
 
     async def end_streams(self, reason: SplitnetError) -> None:
         """Ends all Run and Forward streams; the far sides are told why."""
         for context in list(self._streams):
-            # The first is how gRPC's abort returns; the others come where the far side has gone already.
-            with contextlib.suppress(grpc.aio.AbortError, grpc.aio.UsageError, grpc.aio.InternalError):
-                await abort_with(context, reason)
+            await _end(context, reason)
 
     async def _take(self, key: RequestKey, message: Message) -> None:
         frame = message.frame
@@ -244,6 +262,12 @@ def _decoding(call: Callable[..., Any], kind: type[ProtobufMessage], *, stream: 
 
 def _serialize(message: ProtobufMessage) -> bytes:
     return message.SerializeToString()
+
+
+async def _end(context: Context, reason: SplitnetError) -> None:
+    # The first is how gRPC's abort returns; the others come where the far side has gone already.
+    with contextlib.suppress(grpc.aio.AbortError, grpc.aio.UsageError, grpc.aio.InternalError):
+        await abort_with(context, reason)
 
 
 async def _frames(context: Context) -> AsyncIterator[Message]:
