@@ -23,9 +23,11 @@ from splitnet import channel
 from splitnet.deployment import Deployment, Inputs, as_arrays, choose
 from splitnet.errors import BadInput, DeadlineExceeded, Overloaded, SplitnetError
 from splitnet.exchange import HIGHEST_PRIORITY, Exchange
+from splitnet.generation import GenerateRequest, Stop, TextModel, as_prompt
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.tensors import TensorSpec
 
+from splitnet.token_stream import TokenStream
 __all__ = ["AsyncClient"]
 
 _RETRY_S = 0.05  #: when an overloaded node does not say when to come back
@@ -74,8 +76,7 @@ class AsyncClient:
         and tries again, within the timeout), DeadlineExceeded, NodeUnavailable, or what a stage failed with. Cancelling the call, or
         running out of time, tells the nodes to drop the request.
         """
-        if not 0 <= priority <= HIGHEST_PRIORITY:
-            raise BadInput(f"priority must be 0 (usual) to {HIGHEST_PRIORITY} (most urgent), got {priority}")
+        _check_priority(priority)
         limit_s = self.timeout_s if timeout_s is None else _positive(timeout_s)
         deadline = time.monotonic() + limit_s
         async with self._limit(limit_s):
@@ -152,6 +153,63 @@ class AsyncClient:
     # ------------------------------------------------------------------------------------------------------------ what is there
 
     async def describe(self) -> Deployment:
+    def generate(
+        self,
+        input_ids: Any,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: Stop = (),
+        *,
+        ignore_eos: bool = False,
+        timeout_s: float | None = None,
+        retry: bool = False,
+        priority: int = 0,
+    ) -> TokenStream:
+        """The tokens that a decoder model continues a prompt with, each as soon as it is there: `async for token in client.generate(ids, 64)`.
+
+        `input_ids`: token ids, a list or an array of one dimension. For the others see `splitnet.generation.GenerateRequest`; without a `seed` each call draws
+        anew. `stop`: token ids or sequences of token ids. `timeout_s` holds from the first token asked for to the last one.
+
+        Raises BadInput at once for options that cannot be; then, while iterating, BadInput for a prompt that does not fit the model, Overloaded when the caches have no
+        room (`retry=True`: waits and tries again, within the timeout), DeadlineExceeded, NodeUnavailable, or what a stage failed with; tokens that came
+        before have been yielded. Closing the iterator (`aclose()`, `async with`) or cancelling tells the nodes, which free its caches."""
+        _check_priority(priority)
+        limit_s = self.timeout_s if timeout_s is None else _positive(timeout_s)
+        wanted = GenerateRequest.of(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, stop, ignore_eos)
+        stream = TokenStream()
+        return stream.attach(self._generate(as_prompt(input_ids), wanted, limit_s, retry, priority, stream))
+
+    async def _generate(
+        self, prompt: np.ndarray, wanted: GenerateRequest, limit_s: float, retry: bool, priority: int, stream: TokenStream
+    ) -> AsyncGenerator[list[int], None]:
+        deadline, came = time.monotonic() + limit_s, False
+        while True:
+            async with self._limit(limit_s, deadline - time.monotonic()):
+                exchange, deployment = await self._connected()
+            if deployment.text is None:
+                raise BadInput(f"deployment {deployment.name!r} does not generate text", remedy="use `infer`")
+            deployment.text.check(prompt, wanted)
+            request = next(self._requests)
+            pieces = exchange.generate(request, deployment.name, prompt, wanted, deadline, priority, stream)
+            try:
+                async with contextlib.aclosing(pieces):
+                    while True:
+                        async with self._limit(limit_s, deadline - time.monotonic()):
+                            piece = await anext(pieces, None)
+                        if piece is None:
+                            return
+                        came = True
+                        yield piece
+            except Overloaded as busy:
+                wait_s = busy.retry_after_s or _RETRY_S
+                if not retry or came or time.monotonic() + wait_s >= deadline:
+                    raise
+            await asyncio.sleep(wait_s)
+
         """Asks the node what it serves now. Raises as `connect`."""
         async with self._limit(self.timeout_s):
             self._deployment = await self._describe()
@@ -175,6 +233,11 @@ class AsyncClient:
     def _known(self) -> Deployment:
         if self._deployment is None:
             raise BadInput("the client has not connected yet", remedy="use `async with`, or await client.connect() first")
+    @property
+    def text(self) -> TextModel | None:
+        """What the deployment takes where it is of a decoder model, else None. Known once connected."""
+        return self._known().text
+
         return self._deployment
 
     # ------------------------------------------------------------------------------------------------------------- connection
@@ -226,9 +289,10 @@ class AsyncClient:
         return self._channel
 
     @contextlib.asynccontextmanager
-    async def _limit(self, limit_s: float) -> AsyncIterator[None]:
+    async def _limit(self, limit_s: float, left_s: float | None = None) -> AsyncIterator[None]:
+        """`left_s`: of `limit_s`, where some of it has passed."""
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(limit_s if left_s is None else left_s):
                 yield
         except TimeoutError:
             raise DeadlineExceeded(
@@ -264,4 +328,9 @@ async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:
 def _positive(timeout_s: float) -> float:
     if not (timeout_s > 0 and math.isfinite(timeout_s)):
         raise BadInput(f"timeout_s must be positive and finite, got {timeout_s}")
+def _check_priority(priority: int) -> None:
+    if not 0 <= priority <= HIGHEST_PRIORITY:
+        raise BadInput(f"priority must be 0 (usual) to {HIGHEST_PRIORITY} (most urgent), got {priority}")
+
+
     return float(timeout_s)

@@ -10,6 +10,7 @@ import numpy as np
 
 from splitnet import wire
 from splitnet.errors import BadInput, NodeUnavailable, NotFound, NotPermitted
+from splitnet.generation import TextModel
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.tensors import TensorSpec
 
@@ -21,7 +22,8 @@ Inputs: TypeAlias = Mapping[str, Any] | np.ndarray | Sequence[Any]
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """A plan that is served. `max_in_flight` is how many requests the ingress takes at once, from all its clients."""
+    """A plan that is served. `max_in_flight` is how many requests the ingress takes at once, from all its clients. `text`: of a decoder model, which takes requests
+    to generate and no others."""
 
     name: str
     node: str  # the ingress, by its name in the plan
@@ -32,6 +34,7 @@ class Deployment:
     outputs: tuple[TensorSpec, ...]
     max_in_flight: int
     max_tensor_bytes: int
+    text: TextModel | None = None
 
 
 def choose(reply: pb.DescribeReply, name: str, address: str) -> Deployment:
@@ -78,6 +81,7 @@ def choose(reply: pb.DescribeReply, name: str, address: str) -> Deployment:
         outputs=tuple(wire.spec_from_message(spec) for spec in found.outputs),
         max_in_flight=max(1, found.max_in_flight),
         max_tensor_bytes=reply.max_tensor_bytes or wire.MAX_TENSOR_BYTES,
+        text=TextModel.from_message(found.generating) if found.HasField("generating") else None,
     )
 
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Mapping
 
 import grpc.aio
 import numpy as np
 
 from splitnet import channel, wire
 from splitnet.errors import BadInput, Cancelled, NodeUnavailable, ProtocolError, ServiceError, SplitnetError
+from splitnet.generation import PROMPT, GenerateRequest
 from splitnet.rpc.v1 import node_pb2 as pb
+from splitnet.token_stream import TokenAnswer, TokenStream
 
 __all__ = ["HIGHEST_PRIORITY", "Exchange"]
 
@@ -37,7 +39,7 @@ class Exchange:
         self.broken: SplitnetError | None = None
         self._address = address
         self._max_tensor_bytes = max_tensor_bytes
-        self._answers: dict[str, _Answer] = {}
+        self._answers: dict[str, _Answer | TokenAnswer] = {}
         self._outbox: asyncio.Queue[wire.Message] = asyncio.Queue()
         self._room = asyncio.Semaphore(_QUEUED_FRAMES)
         self._call = channel.run_stream(connection)(None)
@@ -58,17 +60,43 @@ class Exchange:
         Raises what the node answered, NodeUnavailable when the stream broke (the request may have been computed or not), or
         ProtocolError. Cancellation tells the node, which drops the request.
         """
-        answer = self._answers[request] = _Answer(outputs, self._max_tensor_bytes)
+        answer = _Answer(outputs, self._max_tensor_bytes)
+        async with self._asked(request, deployment, answer, _frames(request, deployment, inputs, deadline, priority)):
+            return await answer.done
+
+    async def generate(
+        self,
+        request: str,
+        deployment: str,
+        prompt: np.ndarray,
+        wanted: GenerateRequest,
+        deadline: float,
+        priority: int,
+        stream: TokenStream,
+    ) -> AsyncGenerator[list[int], None]:
+        """Sends a request to generate, and yields tokens as they come; `stream` hears how it ended. Errors and cancellation as with `ask`, and so is closing it."""
+        answer = TokenAnswer(wanted.max_new_tokens)
+        async with self._asked(request, deployment, answer, _frames(request, deployment, {PROMPT: prompt}, deadline, priority, wanted)):
+            while tokens := await answer.some():
+                yield tokens
+            stream.ended(answer.done.result())
+
+    @contextlib.asynccontextmanager
+    async def _asked(
+        self, request: str, deployment: str, answer: _Answer | TokenAnswer, frames: Iterator[wire.Message]
+    ) -> AsyncIterator[None]:
+        """Sends the frames; within the block the answer comes. Leaving it before the answer is whole tells the node."""
+        self._answers[request] = answer
         started = False
         try:
-            for message in _frames(request, deployment, inputs, deadline, priority):
+            for message in frames:
                 await self._a_turn()
                 if answer.done.done():  # the node refused it before it had all of it
                     self._room.release()
                     break
                 self._outbox.put_nowait(message)
                 started = True
-            return await answer.done
+            yield
         except BaseException:
             if started and not answer.failed_by_node and self.broken is None:
                 self._outbox.put_nowait(wire.Message(pb.Frame(request=request, deployment=deployment, cancel=pb.Cancel(reason="client"))))
@@ -176,7 +204,9 @@ class _Answer:
             self.done.set_result({name: _own(self._tensors[name].array()) for name in self._outputs})
 
 
-def _frames(request: str, deployment: str, inputs: Mapping[str, np.ndarray], deadline: float, priority: int) -> Iterator[wire.Message]:
+def _frames(
+    request: str, deployment: str, inputs: Mapping[str, np.ndarray], deadline: float, priority: int, wanted: GenerateRequest | None = None
+) -> Iterator[wire.Message]:
     """The request as frames, each made when it is asked for."""
 
     def frame() -> pb.Frame:
@@ -192,6 +222,8 @@ def _frames(request: str, deployment: str, inputs: Mapping[str, np.ndarray], dea
             stored_bytes = chunk.stored_bytes if stored_bytes is None else stored_bytes
             message = wire.Message(frame(), payload)
             message.frame.tensor.CopyFrom(chunk)
+            if wanted is not None and position == chunk.offset == 0:
+                message.frame.generate.CopyFrom(wanted.to_message())
             message.frame.end = position == last and chunk.offset + chunk.length == stored_bytes
             yield message
     if not inputs:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from splitnet.deployment import Deployment, Inputs
 from splitnet.tensors import TensorSpec
 
 __all__ = ["Client"]
+from splitnet.token_stream import TokenStream
 
 
 class Client:
@@ -69,6 +70,29 @@ class Client:
 
     def describe(self) -> Deployment:
         """As `AsyncClient.describe`."""
+    def generate(
+        self,
+        input_ids: Any,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: Stop = (),
+        *,
+        ignore_eos: bool = False,
+        timeout_s: float | None = None,
+        retry: bool = False,
+        priority: int = 0,
+    ) -> Generator[int, None, None]:
+        """As `AsyncClient.generate`: `for token in client.generate(ids, max_new_tokens=64)`. Closing the iterator, or an interrupt, ends it on the nodes."""
+        stream = self._client.generate(
+            input_ids, max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, stop,
+            ignore_eos=ignore_eos, timeout_s=timeout_s, retry=retry, priority=priority,
+        )  # fmt: skip
+        return _tokens(stream)
+
         return background.run(self._client.describe())
 
     def connect(self) -> None:
@@ -92,6 +116,11 @@ class Client:
 
     def close(self) -> None:
         """As `AsyncClient.close`. Idempotent."""
+    @property
+    def text(self) -> TextModel | None:
+        """What the deployment takes where it is of a decoder model, else None. Connects if need be."""
+        return self._known().text
+
         background.run(self._client.close())
 
     def __enter__(self) -> Self:
@@ -108,3 +137,11 @@ class Client:
     def _known(self) -> AsyncClient:
         self.connect()
         return self._client
+
+
+def _tokens(stream: TokenStream) -> Generator[int, None, None]:
+    try:
+        while tokens := background.run(stream.some()):
+            yield from tokens
+    finally:
+        background.run(stream.aclose())
