@@ -26,8 +26,8 @@ from splitnet.exchange import HIGHEST_PRIORITY, Exchange
 from splitnet.generation import GenerateRequest, Stop, TextModel, as_prompt
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.tensors import TensorSpec
-
 from splitnet.token_stream import TokenStream
+
 __all__ = ["AsyncClient"]
 
 _RETRY_S = 0.05  #: when an overloaded node does not say when to come back
@@ -150,9 +150,6 @@ class AsyncClient:
             error.batch, error.message = index, f"batch {index}: {error.message}"
             raise
 
-    # ------------------------------------------------------------------------------------------------------------ what is there
-
-    async def describe(self) -> Deployment:
     def generate(
         self,
         input_ids: Any,
@@ -210,6 +207,9 @@ class AsyncClient:
                     raise
             await asyncio.sleep(wait_s)
 
+    # ------------------------------------------------------------------------------------------------------------ what is there
+
+    async def describe(self) -> Deployment:
         """Asks the node what it serves now. Raises as `connect`."""
         async with self._limit(self.timeout_s):
             self._deployment = await self._describe()
@@ -230,14 +230,14 @@ class AsyncClient:
         """How many requests the deployment takes at once, from all its clients. Known once connected."""
         return self._known().max_in_flight
 
-    def _known(self) -> Deployment:
-        if self._deployment is None:
-            raise BadInput("the client has not connected yet", remedy="use `async with`, or await client.connect() first")
     @property
     def text(self) -> TextModel | None:
         """What the deployment takes where it is of a decoder model, else None. Known once connected."""
         return self._known().text
 
+    def _known(self) -> Deployment:
+        if self._deployment is None:
+            raise BadInput("the client has not connected yet", remedy="use `async with`, or await client.connect() first")
         return self._deployment
 
     # ------------------------------------------------------------------------------------------------------------- connection
@@ -325,12 +325,12 @@ async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _positive(timeout_s: float) -> float:
-    if not (timeout_s > 0 and math.isfinite(timeout_s)):
-        raise BadInput(f"timeout_s must be positive and finite, got {timeout_s}")
 def _check_priority(priority: int) -> None:
     if not 0 <= priority <= HIGHEST_PRIORITY:
         raise BadInput(f"priority must be 0 (usual) to {HIGHEST_PRIORITY} (most urgent), got {priority}")
 
 
+def _positive(timeout_s: float) -> float:
+    if not (timeout_s > 0 and math.isfinite(timeout_s)):
+        raise BadInput(f"timeout_s must be positive and finite, got {timeout_s}")
     return float(timeout_s)

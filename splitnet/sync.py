@@ -15,9 +15,9 @@ from splitnet import background
 from splitnet.client import AsyncClient
 from splitnet.deployment import Deployment, Inputs
 from splitnet.tensors import TensorSpec
+from splitnet.token_stream import TokenStream
 
 __all__ = ["Client"]
-from splitnet.token_stream import TokenStream
 
 
 class Client:
@@ -68,8 +68,6 @@ class Client:
             for future in under_way:
                 future.cancel()
 
-    def describe(self) -> Deployment:
-        """As `AsyncClient.describe`."""
     def generate(
         self,
         input_ids: Any,
@@ -93,6 +91,8 @@ class Client:
         )  # fmt: skip
         return _tokens(stream)
 
+    def describe(self) -> Deployment:
+        """As `AsyncClient.describe`."""
         return background.run(self._client.describe())
 
     def connect(self) -> None:
@@ -114,13 +114,13 @@ class Client:
         """How many requests the deployment takes at once, from all its clients. Connects if need be."""
         return self._known().max_in_flight
 
-    def close(self) -> None:
-        """As `AsyncClient.close`. Idempotent."""
     @property
     def text(self) -> TextModel | None:
         """What the deployment takes where it is of a decoder model, else None. Connects if need be."""
         return self._known().text
 
+    def close(self) -> None:
+        """As `AsyncClient.close`. Idempotent."""
         background.run(self._client.close())
 
     def __enter__(self) -> Self:
