@@ -34,6 +34,7 @@ class Generation:
     sessions: int  #: how many sessions of that length the caches hold; more that are shorter
     vocabulary: int
     kv_bytes_per_token: Mapping[str, int]  #: by stage: what one token of one session takes there
+    dtype: str = "float32"  #: of hidden states and caches, and what is computed in: "float32" or "bfloat16"
     weights: Mapping[str, str] = field(default_factory=dict)  #: by stage: "float32", "bfloat16", "int8" or "int4"
     eos_token_ids: tuple[int, ...] = ()
     bos_token_ids: tuple[int, ...] = ()  #: one, or none
