@@ -53,6 +53,7 @@ class StageSpec:
     shard: str = ""  # sha256 of the shard's manifest; empty until cut
     first: str = ""
     last: str = ""
+    replicas: tuple[str, ...] = ()  # nodes that hold the shard ready, to take over when `node` is lost: the first that lives
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +158,19 @@ class Plan:
                 return stage
         raise BadPlan(f"no stage {name!r} in the plan; it has {', '.join(s.name for s in self.stages)}")
 
+    def stages_at(self, node: str) -> tuple[StageSpec, ...]:
+        """Those that a node serves."""
+        return tuple(stage for stage in self.stages if stage.node == node)
+
+    def standbys_at(self, node: str) -> tuple[StageSpec, ...]:
+        """Those that a node holds ready for others."""
+        return tuple(stage for stage in self.stages if node in stage.replicas)
+
+    @property
+    def used_nodes(self) -> tuple[NodeRef, ...]:
+        """Those that serve a stage or hold one ready."""
+        return tuple(node for node in self.nodes if self.stages_at(node.name) or self.standbys_at(node.name))
+
     @property
     def batch_axes(self) -> BatchAxes | None:
         """Where the batch is, if requests are to be joined or divided along it."""
@@ -251,6 +265,13 @@ def _check(plan: Plan) -> None:
             raise BadPlan("a stage has no name")
         if stage.node not in nodes:
             raise BadPlan(f"stage {stage.name!r} is on node {stage.node!r}, which the plan does not list")
+        for replica in stage.replicas:
+            if replica not in nodes or replica == stage.node:
+                raise BadPlan(
+                    f"stage {stage.name!r}: replica {replica!r} is "
+                    + ("its own node" if replica == stage.node else "not listed by the plan")
+                )
+        unique(list(stage.replicas), f"stage {stage.name!r}: replica")
         available[stage.name] = unique([t.name for t in stage.outputs], f"stage {stage.name!r}: output")
         awaited[stage.name] = unique([t.name for t in stage.inputs], f"stage {stage.name!r}: input")
     sent: dict[str, list[str]] = {name: [] for name in awaited}

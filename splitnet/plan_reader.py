@@ -34,7 +34,7 @@ class _Reader:
         return self._make(
             Plan, d,
             nodes=lambda v, p: self._each(v, p, NodeRef),
-            stages=lambda v, p: self._each(v, p, StageSpec, inputs=self._specs, outputs=self._specs, operators=self._strings),
+            stages=lambda v, p: self._each(v, p, StageSpec, inputs=self._specs, outputs=self._specs, operators=self._strings, replicas=self._strings),
             transfers=lambda v, p: self._each(v, p, Transfer, tensors=self._strings, codecs=lambda w, q: self._each(w, q, CodecOption)),
             inputs=self._specs,
             outputs=lambda v, p: self._each(v, p, OutputSpec, spec=self._spec),
