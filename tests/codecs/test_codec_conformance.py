@@ -18,9 +18,12 @@ from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.tensors import DTYPES
 
 CODECS = [get_codec(name) for name in codec_names()]
-SIZES = [1, 2, 3, 63, 64, 1000, wire.CHUNK_BYTES // 8]
+SIZES = [1, 2, 3, 63, 64, 1000]
+LARGE = wire.CHUNK_BYTES // 8  # of many blocks, whatever a codec's blocks are
+SEVERAL_LAYOUTS = ["float32", "bfloat16", "int8"]  # what a codec is given has one axis: the layout is `wire`'s business, of whatever type
 
 each_codec = pytest.mark.parametrize("codec", CODECS, ids=codec_names())
+each_lossless = pytest.mark.parametrize("codec", [c for c in CODECS if c.lossless], ids=[c.name for c in CODECS if c.lossless])
 each_dtype = pytest.mark.parametrize("dtype", sorted(DTYPES))
 
 
@@ -54,27 +57,24 @@ def test_it_is_known_by_its_name(codec: Codec) -> None:
 
 @each_codec
 @each_dtype
-@pytest.mark.parametrize("size", SIZES)
-def test_round_trip(codec: Codec, dtype: str, size: int) -> None:
+def test_round_trip(codec: Codec, dtype: str) -> None:
     if not takes(codec, dtype):
         return
-    chunk = chunk_of(dtype, size)
-    before = chunk.tobytes()
-    out = decoded(codec, codec.encode(chunk), chunk)
-    assert chunk.tobytes() == before, "encoding leaves the chunk alone"
-    if codec.lossless:
-        assert out.tobytes() == before
-    else:
-        assert np.isfinite(out).all()
+    for size in [*SIZES, LARGE] if dtype in ("float64", "float32", "float16", "bfloat16", "int8") else SIZES:
+        chunk = chunk_of(dtype, size)
+        before = chunk.tobytes()
+        out = decoded(codec, codec.encode(chunk), chunk)
+        assert chunk.tobytes() == before, f"encoding leaves a chunk of {size} alone"
+        if codec.lossless:
+            assert out.tobytes() == before, size
+        else:
+            assert np.isfinite(out).all(), size
 
 
-@each_codec
-@each_dtype
-@given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@each_lossless
+@given(dtype=st.sampled_from(sorted(DTYPES)), data=st.data())
+@settings(max_examples=100, deadline=None)
 def test_a_lossless_codec_keeps_every_bit(codec: Codec, dtype: str, data: st.DataObject) -> None:
-    if not codec.lossless:
-        return
     item = DTYPES[dtype].itemsize
     count = data.draw(st.integers(1, 50))
     raw = np.frombuffer(data.draw(st.binary(min_size=count * item, max_size=count * item)), np.uint8)
@@ -132,7 +132,7 @@ def test_what_is_not_a_float_goes_without_loss(codec: Codec, dtype: str) -> None
 
 
 @each_codec
-@each_dtype
+@pytest.mark.parametrize("dtype", SEVERAL_LAYOUTS)
 def test_tensors_of_any_layout_cross_the_wire(codec: Codec, dtype: str) -> None:
     whole = chunk_of(dtype, 4 * 6 * 10).reshape(4, 6, 10)
     for array in (
@@ -201,7 +201,7 @@ def test_a_payload_that_is_not_the_chunks_is_refused(codec: Codec, change: str) 
 
 @each_codec
 @given(payload=st.binary(max_size=200), size=st.integers(1, 50), dtype=st.sampled_from(sorted(DTYPES)))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_garbage_decodes_or_is_refused(codec: Codec, payload: bytes, size: int, dtype: str) -> None:
     guarded = np.full(size + 2, 1, DTYPES[dtype])
     try:
@@ -215,7 +215,7 @@ def test_garbage_decodes_or_is_refused(codec: Codec, payload: bytes, size: int, 
 
 @each_codec
 @given(flips=st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(1, 255)), min_size=1, max_size=4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_flipped_bytes_decode_or_are_refused(codec: Codec, flips: list[tuple[int, int]]) -> None:
     payload = bytearray(codec.encode(chunk_of("float32", 300)))
     for place, change in flips:
@@ -232,10 +232,10 @@ def test_from_several_threads_at_once(codec: Codec) -> None:
         chunk = chunk_of("float32", 20_000, seed)
         payload = bytes(codec.encode(chunk))
         first = decoded(codec, payload, chunk)
-        return all(bytes(codec.encode(chunk)) == payload and np.array_equal(decoded(codec, payload, chunk), first) for _ in range(5))
+        return all(bytes(codec.encode(chunk)) == payload and np.array_equal(decoded(codec, payload, chunk), first) for _ in range(3))
 
     with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(use, range(40)))
+        assert all(pool.map(use, range(16)))
 
 
 def test_an_unknown_codec() -> None:
