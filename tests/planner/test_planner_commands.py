@@ -80,7 +80,20 @@ def test_the_whole_way_by_commands(boxes: LocalCluster, shop: Path, capsys: pyte
     assert all(0 < link.latency_s < 1 and link.bandwidth_bytes_per_s > 1e5 for link in cluster.links)
 
     assert (
-        run(cli.profile, "py:planner_shop:build", "--cluster", "cluster.toml", "-o", "m.profile.json", "--repeats", "3", "--batch", "4")
+        run(
+            cli.profile,
+            "py:planner_shop:build",
+            "--cluster",
+            "cluster.toml",
+            "-o",
+            "m.profile.json",
+            "--repeats",
+            "3",
+            "--batch",
+            "4",
+            "--budget",
+            "0.2",
+        )
         == 0
     )
     shown = capsys.readouterr().out
@@ -142,9 +155,10 @@ def test_the_whole_way_by_commands(boxes: LocalCluster, shop: Path, capsys: pyte
 
 def test_plan_measures_by_itself_and_writes_json(boxes: LocalCluster, shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     boxes.cluster().save("cluster.toml")
-    assert run(cli.plan, "py:planner_shop:build", "--cluster", "cluster.toml", "-o", "p.json", "--json") == 0
+    planning = ["py:planner_shop:build", "--cluster", "cluster.toml", "-o", "p.json", "--budget", "0.2"]
+    assert run(cli.plan, *planning, "--json") == 0
     assert Plan.from_json(capsys.readouterr().out) == Plan.load("p.json")
-    assert run(cli.plan, "py:planner_shop:build", "--cluster", "cluster.toml", "-o", "p.json") == 0
+    assert run(cli.plan, *planning) == 0
     assert "One machine alone is best for latency" in capsys.readouterr().out
 
 
