@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -42,6 +43,12 @@ def model() -> ModelGraph:
     return captured(Layers(), torch.randn(64, 512))
 
 
+@pytest.fixture(scope="module")
+def subject(model: ModelGraph) -> Iterator[Subject]:
+    with Testbed(parse(BED)) as bed:
+        yield Subject.measure(bed, model, probed(bed, 0.2), 0.4)
+
+
 def test_each_device_alone_and_the_choice(model: ModelGraph) -> None:
     said: list[str] = []
     (point,) = sweep(parse(BED), model, [5e7], "latency", said.append, budget_s=0.8)
@@ -64,25 +71,22 @@ def test_each_device_alone_and_the_choice(model: ModelGraph) -> None:
     assert "device alone" in sweep_text([point])
 
 
-def test_plans_are_served_together_and_measured_in_turns(model: ModelGraph) -> None:
-    with Testbed(parse(BED)) as bed:
-        cluster = probed(bed, 0.2)
-        subject = Subject.measure(bed, model, cluster, 0.4)
-        plans = [subject.alone(cluster, name) for name in ("device", "server")]
-        latency = measure_in_turns(subject, plans, "latency", 0.3)
-        throughput = measure_in_turns(subject, plans, "throughput", 0.3)
-        assert [node.deployments for node in splitnet.status(bed.cluster())] == [(), ()]
-        assert bed.report()["delayed"] == ["->server", "device->server", "server->", "server->device"]  # shaped again
+def test_plans_are_served_together_and_measured_in_turns(subject: Subject) -> None:
+    bed = subject.bed
+    bed.reshape(parse(BED))
+    plans = [subject.alone(bed.cluster(), name) for name in ("device", "server")]
+    latency = measure_in_turns(subject, plans, "latency", 0.3)
+    throughput = measure_in_turns(subject, plans, "throughput", 0.3)
+    assert [node.deployments for node in splitnet.status(bed.cluster())] == [(), ()]
+    assert bed.report()["delayed"] == ["->server", "device->server", "server->", "server->device"]  # shaped again
     assert latency[1] > 0.06  # the client's way to the server and back
     assert all(0 < seconds < latency[1] for seconds in throughput)  # many are under way at once
 
 
-def test_a_cut_by_hand_is_served_and_measured(model: ModelGraph) -> None:
-    with Testbed(replace(parse(BED), client_at="")) as bed:
-        cluster = probed(bed, 0.2)
-        subject = Subject.measure(bed, model, cluster, 0.4)
-        second = next(v.name for v in model.structure.vertices if v.op.startswith("aten.linear") and v.scope.startswith("two"))
-        outcome = subject.outcome(subject.cut_at(cluster, [second], ["server", "device"]), budget_s=0.8)
+def test_a_cut_by_hand_is_served_and_measured(subject: Subject) -> None:
+    subject.bed.reshape(replace(parse(BED), client_at=""))
+    second = next(v.name for v in subject.model.structure.vertices if v.op.startswith("aten.linear") and v.scope.startswith("two"))
+    outcome = subject.outcome(subject.cut_at(subject.bed.cluster(), [second], ["server", "device"]), budget_s=0.8)
     assert [stage.node for stage in outcome.plan.stages] == ["server", "device"]
     sent = outcome.report.bytes_per_link
     assert set(sent) == {"server->device", "device->server"}
