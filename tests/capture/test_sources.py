@@ -108,12 +108,24 @@ def test_real_weights_give_the_real_answer(minilm: Path) -> None:
 def test_examples_follow_from_the_config(tmp_path: Path) -> None:
     from architectures import make
 
-    for name in ("vit", "whisper", "clip", "t5"):
+    from partitioner.hub import example_inputs
+
+    wanted = {
+        "vit": {"pixel_values": (2, 3, 32, 32)},
+        "whisper": {"input_features": (2, 8, 40), "decoder_input_ids": (2, 8)},
+        "clip": {"input_ids": (2, 16), "attention_mask": (2, 16), "pixel_values": (2, 3, 32, 32)},
+        "t5": {"input_ids": (2, 16), "attention_mask": (2, 16), "decoder_input_ids": (2, 8)},
+    }
+    for name, shapes in wanted.items():
         model, _ = make(name)
-        model.save_pretrained(tmp_path / name)
-        captured = partitioner.load_model(f"hf:{tmp_path / name}")
-        assert captured.structure.batch == 2, name
-        assert captured.name == name
+        given = example_inputs(model)
+        assert {key: tuple(tensor.shape) for key, tensor in given.items()} == shapes, name
+        with torch.no_grad():
+            model(**given)  # it takes them
+    model.save_pretrained(tmp_path / "t5")
+    captured = partitioner.load_model(f"hf:{tmp_path / 't5'}")
+    assert captured.structure.batch == 2
+    assert captured.name == "t5"
     with pytest.raises(BadModel, match=r"no config\.json"):
         partitioner.load_model(f"hf:{tmp_path}")
 
