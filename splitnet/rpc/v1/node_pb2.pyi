@@ -1187,6 +1187,7 @@ class MeasureRequest(google.protobuf.message.Message):
     COMPUTE_FIELD_NUMBER: builtins.int
     OPERATORS_FIELD_NUMBER: builtins.int
     OVERHEAD_FIELD_NUMBER: builtins.int
+    DECODER_FIELD_NUMBER: builtins.int
     BUDGET_S_FIELD_NUMBER: builtins.int
     peer_address: builtins.str
     """the link from this node to that address"""
@@ -1200,6 +1201,10 @@ class MeasureRequest(google.protobuf.message.Message):
     def operators(self) -> Global___OperatorsRequest:
         """each operator of a model"""
 
+    @property
+    def decoder(self) -> Global___DecoderRequest:
+        """passes through a piece of a decoder model"""
+
     def __init__(
         self,
         *,
@@ -1207,11 +1212,12 @@ class MeasureRequest(google.protobuf.message.Message):
         compute: builtins.bool = ...,
         operators: Global___OperatorsRequest | None = ...,
         overhead: builtins.bool = ...,
+        decoder: Global___DecoderRequest | None = ...,
         budget_s: builtins.float = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["compute", b"compute", "operators", b"operators", "overhead", b"overhead", "peer_address", b"peer_address", "what", b"what"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["budget_s", b"budget_s", "compute", b"compute", "operators", b"operators", "overhead", b"overhead", "peer_address", b"peer_address", "what", b"what"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["what", b"what"]) -> typing.Literal["peer_address", "compute", "operators", "overhead"] | None: ...
+    def HasField(self, field_name: typing.Literal["compute", b"compute", "decoder", b"decoder", "operators", b"operators", "overhead", b"overhead", "peer_address", b"peer_address", "what", b"what"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["budget_s", b"budget_s", "compute", b"compute", "decoder", b"decoder", "operators", b"operators", "overhead", b"overhead", "peer_address", b"peer_address", "what", b"what"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["what", b"what"]) -> typing.Literal["peer_address", "compute", "operators", "overhead", "decoder"] | None: ...
 
 Global___MeasureRequest: typing_extensions.TypeAlias = MeasureRequest
 
@@ -1244,6 +1250,72 @@ class OperatorsRequest(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["inputs", b"inputs", "shards", b"shards", "sustained", b"sustained"]) -> None: ...
 
 Global___OperatorsRequest: typing_extensions.TypeAlias = OperatorsRequest
+
+@typing.final
+class DecoderRequest(google.protobuf.message.Message):
+    """A piece of a decoder model, whose weights the node makes up: `spec` is its decoder.json, `tensors` what its weights file would hold. Measured are a chunk of a
+    prompt, on average over a prompt that fills the cache to `cached_tokens`, and a step of so many sessions that hold that many each.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: builtins.int
+    TENSORS_FIELD_NUMBER: builtins.int
+    CHUNK_TOKENS_FIELD_NUMBER: builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: builtins.int
+    BATCHES_FIELD_NUMBER: builtins.int
+    spec: builtins.bytes
+    chunk_tokens: builtins.int
+    cached_tokens: builtins.int
+    @property
+    def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
+    @property
+    def batches(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        spec: builtins.bytes = ...,
+        tensors: collections.abc.Iterable[Global___TensorSpec] | None = ...,
+        chunk_tokens: builtins.int = ...,
+        cached_tokens: builtins.int = ...,
+        batches: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["batches", b"batches", "cached_tokens", b"cached_tokens", "chunk_tokens", b"chunk_tokens", "spec", b"spec", "tensors", b"tensors"]) -> None: ...
+
+Global___DecoderRequest: typing_extensions.TypeAlias = DecoderRequest
+
+@typing.final
+class DecoderReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PREFILL_S_FIELD_NUMBER: builtins.int
+    DECODE_S_FIELD_NUMBER: builtins.int
+    ROUNDS_FIELD_NUMBER: builtins.int
+    SPREAD_FIELD_NUMBER: builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: builtins.int
+    prefill_s: builtins.float
+    rounds: builtins.int
+    """of the fewest"""
+    spread: builtins.float
+    """median deviation, as a share: the largest"""
+    weight_bytes: builtins.int
+    """that the engine held"""
+    @property
+    def decode_s(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """by batch"""
+
+    def __init__(
+        self,
+        *,
+        prefill_s: builtins.float = ...,
+        decode_s: collections.abc.Iterable[builtins.float] | None = ...,
+        rounds: builtins.int = ...,
+        spread: builtins.float = ...,
+        weight_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["decode_s", b"decode_s", "prefill_s", b"prefill_s", "rounds", b"rounds", "spread", b"spread", "weight_bytes", b"weight_bytes"]) -> None: ...
+
+Global___DecoderReply: typing_extensions.TypeAlias = DecoderReply
 
 @typing.final
 class OperatorsReply(google.protobuf.message.Message):
@@ -1383,6 +1455,7 @@ class MeasureReply(google.protobuf.message.Message):
     PIECES_FIELD_NUMBER: builtins.int
     OVERHEAD_FIELD_NUMBER: builtins.int
     JITTER_S_FIELD_NUMBER: builtins.int
+    DECODER_FIELD_NUMBER: builtins.int
     round_trip_s: builtins.float
     bandwidth_bytes_per_s: builtins.float
     seconds: builtins.float
@@ -1398,6 +1471,8 @@ class MeasureReply(google.protobuf.message.Message):
 
     @property
     def overhead(self) -> Global___Overhead: ...
+    @property
+    def decoder(self) -> Global___DecoderReply: ...
     def __init__(
         self,
         *,
@@ -1409,9 +1484,10 @@ class MeasureReply(google.protobuf.message.Message):
         pieces: collections.abc.Iterable[Global___OperatorsReply] | None = ...,
         overhead: Global___Overhead | None = ...,
         jitter_s: builtins.float = ...,
+        decoder: Global___DecoderReply | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["overhead", b"overhead"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bandwidth_bytes_per_s", b"bandwidth_bytes_per_s", "jitter_s", b"jitter_s", "overhead", b"overhead", "peer_name", b"peer_name", "pieces", b"pieces", "round_trip_s", b"round_trip_s", "samples", b"samples", "seconds", b"seconds"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["decoder", b"decoder", "overhead", b"overhead"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bandwidth_bytes_per_s", b"bandwidth_bytes_per_s", "decoder", b"decoder", "jitter_s", b"jitter_s", "overhead", b"overhead", "peer_name", b"peer_name", "pieces", b"pieces", "round_trip_s", b"round_trip_s", "samples", b"samples", "seconds", b"seconds"]) -> None: ...
 
 Global___MeasureReply: typing_extensions.TypeAlias = MeasureReply
 
