@@ -728,6 +728,7 @@ class StageStatus(google.protobuf.message.Message):
     SEND_S_FIELD_NUMBER: builtins.int
     RESERVED_BYTES_FIELD_NUMBER: builtins.int
     QUEUED_FIELD_NUMBER: builtins.int
+    STANDBY_FIELD_NUMBER: builtins.int
     name: builtins.str
     engine: builtins.str
     requests: builtins.int
@@ -739,6 +740,8 @@ class StageStatus(google.protobuf.message.Message):
     send_s: builtins.float
     reserved_bytes: builtins.int
     queued: builtins.int
+    standby: builtins.bool
+    """loaded to take over from another node, and not in use"""
     def __init__(
         self,
         *,
@@ -753,8 +756,9 @@ class StageStatus(google.protobuf.message.Message):
         send_s: builtins.float = ...,
         reserved_bytes: builtins.int = ...,
         queued: builtins.int = ...,
+        standby: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["compute_s", b"compute_s", "decode_s", b"decode_s", "encode_s", b"encode_s", "engine", b"engine", "failures", b"failures", "name", b"name", "queued", b"queued", "requests", b"requests", "reserved_bytes", b"reserved_bytes", "send_s", b"send_s", "wait_s", b"wait_s"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["compute_s", b"compute_s", "decode_s", b"decode_s", "encode_s", b"encode_s", "engine", b"engine", "failures", b"failures", "name", b"name", "queued", b"queued", "requests", b"requests", "reserved_bytes", b"reserved_bytes", "send_s", b"send_s", "standby", b"standby", "wait_s", b"wait_s"]) -> None: ...
 
 Global___StageStatus: typing_extensions.TypeAlias = StageStatus
 
@@ -1045,6 +1049,47 @@ class SwitchReply(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["before", b"before"]) -> None: ...
 
 Global___SwitchReply: typing_extensions.TypeAlias = SwitchReply
+
+@typing.final
+class WatchRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DEPLOYMENT_FIELD_NUMBER: builtins.int
+    LEASE_S_FIELD_NUMBER: builtins.int
+    HOPELESS_FIELD_NUMBER: builtins.int
+    deployment: builtins.str
+    lease_s: builtins.float
+    """for so long from now on; 0: no longer"""
+    hopeless: builtins.str
+    """why no plan can be made without the nodes that are lost; empty: not known"""
+    def __init__(
+        self,
+        *,
+        deployment: builtins.str = ...,
+        lease_s: builtins.float = ...,
+        hopeless: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deployment", b"deployment", "hopeless", b"hopeless", "lease_s", b"lease_s"]) -> None: ...
+
+Global___WatchRequest: typing_extensions.TypeAlias = WatchRequest
+
+@typing.final
+class WatchReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LOST_FIELD_NUMBER: builtins.int
+    @property
+    def lost(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """nodes that the active generation lacks now"""
+
+    def __init__(
+        self,
+        *,
+        lost: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["lost", b"lost"]) -> None: ...
+
+Global___WatchReply: typing_extensions.TypeAlias = WatchReply
 
 @typing.final
 class ActivateReply(google.protobuf.message.Message):

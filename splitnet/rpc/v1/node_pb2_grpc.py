@@ -59,6 +59,11 @@ class NodeStub(object):
                 request_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.UnloadRequest.SerializeToString,
                 response_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.UnloadReply.FromString,
                 _registered_method=True)
+        self.Watch = channel.unary_unary(
+                '/splitnet.rpc.v1.Node/Watch',
+                request_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.WatchRequest.SerializeToString,
+                response_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.WatchReply.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/splitnet.rpc.v1.Node/Release',
                 request_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.ReleaseRequest.SerializeToString,
@@ -127,6 +132,14 @@ class NodeServicer(object):
 
     def Unload(self, request, context):
         """Drains and removes a deployment, or one generation of it, from this node.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Watch(self, request, context):
+        """Whoever looks after a deployment, and would bring another plan when a node is lost (`splitnet watch`), says so to its ingress, again and
+        again: requests that lack a node then wait instead of failing. Or it says that there is no such plan: then they fail at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -210,6 +223,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.Unload,
                     request_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.UnloadRequest.FromString,
                     response_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.UnloadReply.SerializeToString,
+            ),
+            'Watch': grpc.unary_unary_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.WatchRequest.FromString,
+                    response_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.WatchReply.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
@@ -377,6 +395,33 @@ class Node(object):
             '/splitnet.rpc.v1.Node/Unload',
             splitnet_dot_rpc_dot_v1_dot_node__pb2.UnloadRequest.SerializeToString,
             splitnet_dot_rpc_dot_v1_dot_node__pb2.UnloadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/splitnet.rpc.v1.Node/Watch',
+            splitnet_dot_rpc_dot_v1_dot_node__pb2.WatchRequest.SerializeToString,
+            splitnet_dot_rpc_dot_v1_dot_node__pb2.WatchReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -114,6 +114,22 @@ _NodeUnloadType = typing_extensions.TypeVar(
     ],
 )
 
+_NodeWatchType = typing_extensions.TypeVar(
+    '_NodeWatchType',
+    grpc.UnaryUnaryMultiCallable[
+        splitnet.rpc.v1.node_pb2.WatchRequest,
+        splitnet.rpc.v1.node_pb2.WatchReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        splitnet.rpc.v1.node_pb2.WatchRequest,
+        splitnet.rpc.v1.node_pb2.WatchReply,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        splitnet.rpc.v1.node_pb2.WatchRequest,
+        splitnet.rpc.v1.node_pb2.WatchReply,
+    ],
+)
+
 _NodeReleaseType = typing_extensions.TypeVar(
     '_NodeReleaseType',
     grpc.UnaryUnaryMultiCallable[
@@ -210,7 +226,7 @@ _NodeMeasureType = typing_extensions.TypeVar(
     ],
 )
 
-class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateType, _NodeSwitchType, _NodeUnloadType, _NodeReleaseType, _NodeRunType, _NodeForwardType, _NodeHeartbeatType, _NodeProbeType, _NodeMeasureType]):
+class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateType, _NodeSwitchType, _NodeUnloadType, _NodeWatchType, _NodeReleaseType, _NodeRunType, _NodeForwardType, _NodeHeartbeatType, _NodeProbeType, _NodeMeasureType]):
     @typing.overload
     def __init__(self: NodeStub[
         grpc.UnaryUnaryMultiCallable[
@@ -232,6 +248,10 @@ class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateTyp
         grpc.UnaryUnaryMultiCallable[
             splitnet.rpc.v1.node_pb2.UnloadRequest,
             splitnet.rpc.v1.node_pb2.UnloadReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            splitnet.rpc.v1.node_pb2.WatchRequest,
+            splitnet.rpc.v1.node_pb2.WatchReply,
         ],
         grpc.UnaryUnaryMultiCallable[
             splitnet.rpc.v1.node_pb2.ReleaseRequest,
@@ -282,6 +302,10 @@ class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateTyp
             splitnet.rpc.v1.node_pb2.UnloadReply,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            splitnet.rpc.v1.node_pb2.WatchRequest,
+            splitnet.rpc.v1.node_pb2.WatchReply,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             splitnet.rpc.v1.node_pb2.ReleaseRequest,
             splitnet.rpc.v1.node_pb2.ReleaseReply,
         ],
@@ -325,6 +349,11 @@ class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateTyp
 
     Unload: _NodeUnloadType
     """Drains and removes a deployment, or one generation of it, from this node."""
+
+    Watch: _NodeWatchType
+    """Whoever looks after a deployment, and would bring another plan when a node is lost (`splitnet watch`), says so to its ingress, again and
+    again: requests that lack a node then wait instead of failing. Or it says that there is no such plan: then they fail at once.
+    """
 
     Release: _NodeReleaseType
     """Removes blobs that Load has brought, such as those of a measurement, but for what a deployment uses or is being measured. A
@@ -376,6 +405,10 @@ NodeAsyncStub: typing_extensions.TypeAlias = NodeStub[
     grpc.aio.UnaryUnaryMultiCallable[
         splitnet.rpc.v1.node_pb2.UnloadRequest,
         splitnet.rpc.v1.node_pb2.UnloadReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        splitnet.rpc.v1.node_pb2.WatchRequest,
+        splitnet.rpc.v1.node_pb2.WatchReply,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         splitnet.rpc.v1.node_pb2.ReleaseRequest,
@@ -447,6 +480,16 @@ class NodeServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[splitnet.rpc.v1.node_pb2.UnloadReply, collections.abc.Awaitable[splitnet.rpc.v1.node_pb2.UnloadReply]]:
         """Drains and removes a deployment, or one generation of it, from this node."""
+
+    @abc.abstractmethod
+    def Watch(
+        self,
+        request: splitnet.rpc.v1.node_pb2.WatchRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[splitnet.rpc.v1.node_pb2.WatchReply, collections.abc.Awaitable[splitnet.rpc.v1.node_pb2.WatchReply]]:
+        """Whoever looks after a deployment, and would bring another plan when a node is lost (`splitnet watch`), says so to its ingress, again and
+        again: requests that lack a node then wait instead of failing. Or it says that there is no such plan: then they fail at once.
+        """
 
     @abc.abstractmethod
     def Release(
