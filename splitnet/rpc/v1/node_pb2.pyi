@@ -971,11 +971,28 @@ class ActivateRequest(google.protobuf.message.Message):
         ) -> None: ...
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
+    @typing.final
+    class SignaturesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.bytes = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     DEPLOYMENT_FIELD_NUMBER: builtins.int
     PLAN_JSON_FIELD_NUMBER: builtins.int
     NODE_FIELD_NUMBER: builtins.int
     SHARDS_FIELD_NUMBER: builtins.int
     GENERATION_FIELD_NUMBER: builtins.int
+    SIGNATURES_FIELD_NUMBER: builtins.int
     WAIT_FIELD_NUMBER: builtins.int
     deployment: builtins.str
     plan_json: builtins.bytes
@@ -989,6 +1006,10 @@ class ActivateRequest(google.protobuf.message.Message):
     def shards(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """stage -> sha256 of its shard's manifest"""
 
+    @property
+    def signatures(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.bytes]:
+        """Of an operator, Ed25519: stage -> over "splitnet shard 1\\n" and its shard's sha256. A node with a file operators.pub wants them for all its stages."""
+
     def __init__(
         self,
         *,
@@ -997,9 +1018,10 @@ class ActivateRequest(google.protobuf.message.Message):
         node: builtins.str = ...,
         shards: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         generation: builtins.int = ...,
+        signatures: collections.abc.Mapping[builtins.str, builtins.bytes] | None = ...,
         wait: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["deployment", b"deployment", "generation", b"generation", "node", b"node", "plan_json", b"plan_json", "shards", b"shards", "wait", b"wait"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deployment", b"deployment", "generation", b"generation", "node", b"node", "plan_json", b"plan_json", "shards", b"shards", "signatures", b"signatures", "wait", b"wait"]) -> None: ...
 
 Global___ActivateRequest: typing_extensions.TypeAlias = ActivateRequest
 
@@ -1553,3 +1575,41 @@ class ProbeSample(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "seconds", b"seconds"]) -> None: ...
 
 Global___ProbeSample: typing_extensions.TypeAlias = ProbeSample
+
+@typing.final
+class SetPolicyRequest(google.protobuf.message.Message):
+    """------------------------------------------------------------------------------------------------------------------ security
+
+    `signature`: Ed25519, over "splitnet policy 1\\n" and the sha256 (64 hex digits) of `policy_json`. A policy with a lower serial than the node's is refused.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    POLICY_JSON_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
+    policy_json: builtins.bytes
+    signature: builtins.bytes
+    def __init__(
+        self,
+        *,
+        policy_json: builtins.bytes = ...,
+        signature: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["policy_json", b"policy_json", "signature", b"signature"]) -> None: ...
+
+Global___SetPolicyRequest: typing_extensions.TypeAlias = SetPolicyRequest
+
+@typing.final
+class SetPolicyReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CALLS_ENDED_FIELD_NUMBER: builtins.int
+    calls_ended: builtins.int
+    def __init__(
+        self,
+        *,
+        calls_ended: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["calls_ended", b"calls_ended"]) -> None: ...
+
+Global___SetPolicyReply: typing_extensions.TypeAlias = SetPolicyReply

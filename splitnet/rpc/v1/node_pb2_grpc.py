@@ -69,6 +69,11 @@ class NodeStub(object):
                 request_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.ReleaseReply.FromString,
                 _registered_method=True)
+        self.SetPolicy = channel.unary_unary(
+                '/splitnet.rpc.v1.Node/SetPolicy',
+                request_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.SetPolicyRequest.SerializeToString,
+                response_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.SetPolicyReply.FromString,
+                _registered_method=True)
         self.Run = channel.stream_stream(
                 '/splitnet.rpc.v1.Node/Run',
                 request_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.Frame.SerializeToString,
@@ -148,6 +153,13 @@ class NodeServicer(object):
     def Release(self, request, context):
         """Removes blobs that Load has brought, such as those of a measurement, but for what a deployment uses or is being measured. A
         blob that is not here is no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetPolicy(self, request, context):
+        """Brings tokens, revocations and limits (policy.json), signed by an operator. The node keeps them, and ends at once what they no longer permit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -233,6 +245,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.Release,
                     request_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.ReleaseRequest.FromString,
                     response_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.ReleaseReply.SerializeToString,
+            ),
+            'SetPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPolicy,
+                    request_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.SetPolicyRequest.FromString,
+                    response_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.SetPolicyReply.SerializeToString,
             ),
             'Run': grpc.stream_stream_rpc_method_handler(
                     servicer.Run,
@@ -449,6 +466,33 @@ class Node(object):
             '/splitnet.rpc.v1.Node/Release',
             splitnet_dot_rpc_dot_v1_dot_node__pb2.ReleaseRequest.SerializeToString,
             splitnet_dot_rpc_dot_v1_dot_node__pb2.ReleaseReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/splitnet.rpc.v1.Node/SetPolicy',
+            splitnet_dot_rpc_dot_v1_dot_node__pb2.SetPolicyRequest.SerializeToString,
+            splitnet_dot_rpc_dot_v1_dot_node__pb2.SetPolicyReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -146,6 +146,22 @@ _NodeReleaseType = typing_extensions.TypeVar(
     ],
 )
 
+_NodeSetPolicyType = typing_extensions.TypeVar(
+    '_NodeSetPolicyType',
+    grpc.UnaryUnaryMultiCallable[
+        splitnet.rpc.v1.node_pb2.SetPolicyRequest,
+        splitnet.rpc.v1.node_pb2.SetPolicyReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        splitnet.rpc.v1.node_pb2.SetPolicyRequest,
+        splitnet.rpc.v1.node_pb2.SetPolicyReply,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        splitnet.rpc.v1.node_pb2.SetPolicyRequest,
+        splitnet.rpc.v1.node_pb2.SetPolicyReply,
+    ],
+)
+
 _NodeRunType = typing_extensions.TypeVar(
     '_NodeRunType',
     grpc.StreamStreamMultiCallable[
@@ -226,7 +242,7 @@ _NodeMeasureType = typing_extensions.TypeVar(
     ],
 )
 
-class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateType, _NodeSwitchType, _NodeUnloadType, _NodeWatchType, _NodeReleaseType, _NodeRunType, _NodeForwardType, _NodeHeartbeatType, _NodeProbeType, _NodeMeasureType]):
+class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateType, _NodeSwitchType, _NodeUnloadType, _NodeWatchType, _NodeReleaseType, _NodeSetPolicyType, _NodeRunType, _NodeForwardType, _NodeHeartbeatType, _NodeProbeType, _NodeMeasureType]):
     @typing.overload
     def __init__(self: NodeStub[
         grpc.UnaryUnaryMultiCallable[
@@ -256,6 +272,10 @@ class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateTyp
         grpc.UnaryUnaryMultiCallable[
             splitnet.rpc.v1.node_pb2.ReleaseRequest,
             splitnet.rpc.v1.node_pb2.ReleaseReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            splitnet.rpc.v1.node_pb2.SetPolicyRequest,
+            splitnet.rpc.v1.node_pb2.SetPolicyReply,
         ],
         grpc.StreamStreamMultiCallable[
             splitnet.rpc.v1.node_pb2.Frame,
@@ -309,6 +329,10 @@ class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateTyp
             splitnet.rpc.v1.node_pb2.ReleaseRequest,
             splitnet.rpc.v1.node_pb2.ReleaseReply,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            splitnet.rpc.v1.node_pb2.SetPolicyRequest,
+            splitnet.rpc.v1.node_pb2.SetPolicyReply,
+        ],
         grpc.aio.StreamStreamMultiCallable[
             splitnet.rpc.v1.node_pb2.Frame,
             splitnet.rpc.v1.node_pb2.Frame,
@@ -359,6 +383,9 @@ class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateTyp
     """Removes blobs that Load has brought, such as those of a measurement, but for what a deployment uses or is being measured. A
     blob that is not here is no error.
     """
+
+    SetPolicy: _NodeSetPolicyType
+    """Brings tokens, revocations and limits (policy.json), signed by an operator. The node keeps them, and ends at once what they no longer permit."""
 
     Run: _NodeRunType
     """Requests of a client to the ingress (the node of the plan's first stage). Any number in flight on one stream."""
@@ -413,6 +440,10 @@ NodeAsyncStub: typing_extensions.TypeAlias = NodeStub[
     grpc.aio.UnaryUnaryMultiCallable[
         splitnet.rpc.v1.node_pb2.ReleaseRequest,
         splitnet.rpc.v1.node_pb2.ReleaseReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        splitnet.rpc.v1.node_pb2.SetPolicyRequest,
+        splitnet.rpc.v1.node_pb2.SetPolicyReply,
     ],
     grpc.aio.StreamStreamMultiCallable[
         splitnet.rpc.v1.node_pb2.Frame,
@@ -500,6 +531,14 @@ class NodeServicer(metaclass=abc.ABCMeta):
         """Removes blobs that Load has brought, such as those of a measurement, but for what a deployment uses or is being measured. A
         blob that is not here is no error.
         """
+
+    @abc.abstractmethod
+    def SetPolicy(
+        self,
+        request: splitnet.rpc.v1.node_pb2.SetPolicyRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[splitnet.rpc.v1.node_pb2.SetPolicyReply, collections.abc.Awaitable[splitnet.rpc.v1.node_pb2.SetPolicyReply]]:
+        """Brings tokens, revocations and limits (policy.json), signed by an operator. The node keeps them, and ends at once what they no longer permit."""
 
     @abc.abstractmethod
     def Run(
