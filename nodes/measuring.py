@@ -6,6 +6,7 @@ import math
 
 from nodes.compute import ComputeThread
 from nodes.ledger import Ledger
+from nodes.measuring_decoder import DecoderTimer
 from nodes.measuring_operators import OperatorTimer
 from nodes.measuring_overhead import measure_overhead
 from nodes.store import BlobStore
@@ -26,6 +27,7 @@ class Measurer:
         self._threads = ledger.config.threads
         self._compute = compute
         self._operators = OperatorTimer(ledger, store, compute)
+        self._decoder = DecoderTimer(ledger, compute)
 
     async def measure(self, request: pb.MeasureRequest) -> pb.MeasureReply:
         """Raises BadInput for a request that asks for nothing, and what the measurement raises."""
@@ -36,12 +38,14 @@ class Measurer:
             case "operators":
                 pieces = await self._operators.measure(request.operators, budget_s)
                 return pb.MeasureReply(pieces=pieces)
+            case "decoder":
+                return pb.MeasureReply(decoder=await self._decoder.measure(request.decoder, budget_s))
             case "compute" if request.compute:
                 reference = await self._compute.call(lambda: measure_reference(self._threads, budget_s))
                 return pb.MeasureReply(seconds=reference.seconds)
             case "overhead" if request.overhead:
                 return pb.MeasureReply(overhead=await measure_overhead(budget_s))
-        raise BadInput("Measure: neither peer_address, compute, operators nor overhead is given")
+        raise BadInput("Measure: neither peer_address, compute, operators, decoder nor overhead is given")
 
 
 async def _measured_link(address: str, budget_s: float) -> pb.MeasureReply:

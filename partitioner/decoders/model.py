@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -102,10 +103,23 @@ class DecoderModel:
     def _format(self, name: str, wanted: str, dtype: str) -> str:
         return stored_format(name, self.checkpoint.shape(name), wanted, GROUP_SIZE, dtype)
 
-    @functools.cache  # noqa: B019 # a model lives as long as the command that plans it
     def param_bytes(self, a: int, b: int, form: str, dtype: str) -> int:
         """Of a span's shard."""
-        return sum(stored_bytes(self.checkpoint.shape(source), one, GROUP_SIZE) for _, source, one in self.stored(a, b, form, dtype))
+        before, both = self._bytes_before(form, dtype)
+        return before[b] - before[a] - (both if a == 0 and b == len(self.tensors) else 0)
+
+    @functools.cache  # noqa: B019 # a model lives as long as the command that plans it
+    def _bytes_before(self, form: str, dtype: str) -> tuple[tuple[int, ...], int]:
+        """(of the vertices before each position, of the matrix that a stage with both ends stores once)."""
+
+        def size(source: str, one: str) -> int:
+            return stored_bytes(self.checkpoint.shape(source), one, GROUP_SIZE)
+
+        count = len(self.tensors)
+        each = [sum(size(source, one) for _, source, one in self.stored(v, v + 1, form, dtype)) for v in range(count)]
+        matrix = self.embedding_matrix
+        both = size(matrix, self._format(matrix, self.groups(form, dtype)[HEAD], dtype)) if self.tied else 0
+        return tuple(itertools.accumulate(each, initial=0)), both
 
     def kv_bytes(self, a: int, b: int, dtype: str) -> int:
         """What one token of one session takes in the caches of a span."""

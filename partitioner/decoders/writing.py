@@ -17,7 +17,7 @@ from splitnet.plan import Plan, StageSpec
 from splitnet.shard import STORED_DTYPES, Shard, write_shard
 from splitnet.tensors import DTYPES
 
-__all__ = ["cut_decoder", "span_of", "write_span"]
+__all__ = ["cut_decoder", "span_of", "stored_arrays", "write_span"]
 
 _PART_BYTES = 1 << 30  # of a file of weights: what is sent again when one did not arrive whole
 _SAFETENSORS = {name: stored for stored, name in STORED_DTYPES.items()}
@@ -103,7 +103,7 @@ def _write(model: DecoderModel, part: _Part, dtype: str, path: Path, on_bytes: C
     header: dict[str, Any] = {}
     offset = 0
     for name, source, one in part:
-        for stored, (kind, shape) in _stored(name, model.checkpoint.shape(source), one).items():
+        for stored, (kind, shape) in stored_arrays(name, model.checkpoint.shape(source), one).items():
             size = int(np.prod(shape, dtype=np.int64)) * DTYPES[kind].itemsize
             header[stored] = {"dtype": _SAFETENSORS[kind], "shape": list(shape), "data_offsets": [offset, offset + size]}
             offset += size
@@ -130,7 +130,7 @@ def _told(on_bytes: Callable[[int], None] | None, more: int) -> None:
         on_bytes(more)
 
 
-def _stored(name: str, shape: tuple[int, ...], form: str) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+def stored_arrays(name: str, shape: tuple[int, ...], form: str) -> Mapping[str, tuple[str, tuple[int, ...]]]:
     """As `splitnet.decoder_weights` says: element types and shapes, in the order in which `quantize` gives them."""
     if form == "int8":
         return {f"{name}.int8": ("int8", shape), f"{name}.scale": ("float32", shape[:1])}

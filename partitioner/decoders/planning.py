@@ -1,0 +1,174 @@
+"""A decoder model's profile and a cluster in, the best plan for generating out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+from partitioner.asked import Asked, check_asked
+from partitioner.decoders.chain import Chain, ChainPlan, Found, best_chain, price
+from partitioner.decoders.costs import Setting
+from partitioner.decoders.figures import DecoderProfile, Workload
+from partitioner.decoders.lacking import why_nothing_fits
+from partitioner.decoders.model import FORMATS, DecoderModel
+from partitioner.decoders.outcome import Choice, batches, make_plan
+from partitioner.decoders.weights import Weights
+from partitioner.worthwhile import MARGIN, why_alone, worth_splitting
+from splitnet.cluster import Cluster, ClusterNode
+from splitnet.errors import BadInput, BadPlan, NoPlan
+from splitnet.plan import Plan
+
+__all__ = ["OBJECTIVES", "plan_decoder"]
+
+#: What to make best: the time to the first token, the time per token after it, the tokens of all sessions per second, the time of a whole answer.
+OBJECTIVES = ("ttft", "tpot", "throughput", "latency")
+_MOST_NODES = 10  # that are planned over: the exact search doubles with each
+_COARSER_GAIN = 0.01  # by how much rounding to bfloat16 must make a plan better to be chosen over float32
+
+
+def plan_decoder(
+    model: DecoderModel,
+    profile: DecoderProfile,
+    cluster: Cluster,
+    workload: Workload,
+    *,
+    objective: str = "tpot",
+    weights: Weights | None = None,
+    margin: float = MARGIN,
+    at: Sequence[str] | None = None,
+    nodes: Sequence[str] | None = None,
+    **asked: Any,
+) -> Plan:
+    """The plan that is predicted to be best for the objective; one machine alone is always among the candidates. `asked`: the wishes of `partitioner.plan`, but for those about
+    calibrated codecs and private inputs. A stage's weights are in the finest format among those that are quickest there and fit.
+
+    Exact over all orders of nodes, cuts, formats and codecs within the cost model, for up to ten nodes (beyond, of the ten quickest that have room); `prediction.bound` says what
+    is proven. Raises BadInput, BadModel (a context that the model does not have), BadPlan (the profile of another model), NoPlan saying what is missing where.
+    """
+    weights = weights or Weights()
+    if objective not in OBJECTIVES:
+        raise BadInput(f"objective {objective!r} is none of {', '.join(OBJECTIVES)}")
+    if profile.structure.sha256 != model.sha256:
+        raise BadPlan(f"the profile is of another model ({profile.structure.name})", remedy="profile this model again")
+    if workload.context_length > model.longest_context:
+        raise BadInput(f"a context of {workload.context_length} tokens: {model.name!r} was made for {model.longest_context} at most")
+    for name in ("private", "codecs"):
+        if asked.pop(name, None):
+            raise BadInput(f"{name} cannot be asked for with a model that generates", remedy="pin layers to a node instead")
+    asked.pop("max_accuracy_loss", None)
+    tolerance = asked.pop("tolerance", 0.0)
+    beforehand = check_asked(cluster, at=at, nodes=nodes, tolerance=tolerance, margin=margin, **asked)
+    refused: NoPlan | None = None
+    for formats in weights.rounds(model.checkpoint.dtype):
+        best: Choice | None = None
+        for dtype in _dtypes(formats, model):
+            setting = _setting(model, profile, cluster, workload, beforehand, dtype, formats, bool(asked.get("lossless")), at)
+            if not setting.formats:
+                continue
+            found = _best(setting, objective, margin)
+            if found is None:
+                refused = why_nothing_fits(setting)  # the last one, with the coarsest formats, lacks least
+            elif best is None or found.found.score < best.found.score * (1 - _COARSER_GAIN):
+                best = found
+        if best is not None:
+            return make_plan(best, objective, weights)
+    raise refused or NoPlan(
+        f"the profile has no figures of weights in {weights.wanted}", remedy="profile the model again, with --weights as here"
+    )
+
+
+def _dtypes(formats: Sequence[str], model: DecoderModel) -> list[str]:
+    """What may be computed in, the finer first: what matrices that are not quantised have. A model of 16 bits gains nothing from more but speed where a processor has
+    no instructions for bfloat16."""
+    plain = [form for form in formats if form in ("float32", "bfloat16")]
+    if plain:
+        return sorted(plain, reverse=model.checkpoint.dtype == "float32")
+    return ["float32", "bfloat16"] if model.checkpoint.dtype == "float32" else ["bfloat16", "float32"]
+
+
+def _setting(
+    model: DecoderModel, profile: DecoderProfile, cluster: Cluster, workload: Workload, beforehand: Asked, dtype: str, formats: Collection[str],
+    lossless: bool, at: Sequence[str] | None,
+) -> Setting:  # fmt: skip
+    nodes = beforehand.chosen if at is None else beforehand.chosen[: len(at) + 1]
+    able = tuple(f for f in FORMATS if f in formats and (f == dtype or f in ("int8", "int4")))
+    measured = tuple(f for f in able if any(f"{dtype}/{f}" in profile.on(node) for node in nodes))
+    if len(nodes) > _MOST_NODES and measured:
+        nodes = tuple(sorted(nodes, key=lambda node: _worth(profile, node, f"{dtype}/{measured[0]}", beforehand))[:_MOST_NODES])
+    return Setting(
+        model,
+        profile,
+        cluster,
+        nodes,
+        beforehand.wishes,
+        workload,
+        dtype,
+        measured,
+        beforehand.stages,
+        lossless,
+        None if at is None else tuple(at),
+    )
+
+
+def _worth(profile: DecoderProfile, node: ClusterNode, column: str, beforehand: Asked) -> tuple[bool, float]:
+    """What a wish names, and then the quickest."""
+    wishes = beforehand.wishes
+    named = node.name in (*wishes.pin.values(), wishes.input_at, wishes.output_at)
+    times = profile.on(node).get(column)
+    return not named, math.inf if times is None else sum(times.decode[0])
+
+
+def _best(setting: Setting, objective: str, margin: float) -> Choice | None:
+    found: Choice | None = None
+    for batch in batches(setting.workload.sessions) if objective == "throughput" else (1,):
+        chain, score = _question(setting, objective, batch)
+        best = best_chain(chain, score)
+        if best is None:
+            return None
+        alone, note = _alone(chain), ""
+        if len(best.plan.order) > 1 and 1 in chain.counts:
+            able = [(score(one.latency_s, one.bottleneck_s), one) for one in alone if one is not None]
+            least, one = min(able, key=lambda pair: pair[0], default=(math.inf, best.plan))
+            if math.isfinite(least) and not worth_splitting(best.score, least, margin):
+                note = why_alone(setting.names[one.order[0]], best.score, least, margin)
+                best = Found(one, least, best.bound)
+        if found is None or best.score < found.found.score:
+            found = Choice(setting, best, batch, alone, note)
+    return found
+
+
+def _question(setting: Setting, objective: str, batch: int) -> tuple[Chain, Any]:
+    """The chain to solve, and what its plans are judged by: seconds of what the objective counts; for throughput, of one token of all sessions, by sessions."""
+    work = setting.workload
+    prefill, one = setting.prefill, setting.decode(1)
+    if objective == "tpot":
+        return setting.chain(setting.costs(one, "latency"), setting.costs(one, "throughput")), lambda latency_s, _: latency_s
+    if objective == "ttft":
+        waits = work.chunks - 1
+        chain = setting.chain(setting.costs(prefill, "latency"), setting.costs(prefill, "throughput"))
+        return chain, lambda latency_s, pace_s: latency_s + waits * pace_s
+    if objective == "latency":
+        waits, steps = work.chunks - 1, work.answer_tokens - 1
+        both = _sum(setting.costs(prefill, "latency"), setting.costs(one, "latency"), steps)
+        return setting.chain(both, setting.costs(prefill, "throughput")), lambda latency_s, pace_s: latency_s + waits * pace_s
+    groups = math.ceil(work.sessions / batch)
+    several = setting.decode(batch)
+    chain = setting.chain(setting.costs(several, "latency"), setting.costs(several, "throughput"))
+    return chain, lambda latency_s, pace_s: max(latency_s, groups * pace_s) / work.sessions
+
+
+def _sum(a: Any, b: Any, times: int) -> Any:
+    """Costs of one pass `a` and `times` passes `b`."""
+    return replace(a, **{name: getattr(a, name) + (times * getattr(b, name) if times else 0.0) for name in a.__dataclass_fields__})
+
+
+def _alone(chain: Chain) -> tuple[ChainPlan | None, ...]:
+    """What each node alone would do, in its quickest format that fits."""
+    found: list[ChainPlan | None] = []
+    for node in range(chain.nodes):
+        plans = [price(chain, (0, chain.length), (node,), (f,), ()) for f in range(chain.latency.vertices.shape[1])]
+        able = [plan for plan in plans if math.isfinite(plan.latency_s)]
+        found.append(min(able, key=lambda plan: plan.latency_s, default=None))
+    return tuple(found)
