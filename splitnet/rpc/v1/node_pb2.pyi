@@ -553,6 +553,7 @@ class DeploymentStatus(google.protobuf.message.Message):
     MOVED_TO_FIELD_NUMBER: builtins.int
     PLAN_JSON_FIELD_NUMBER: builtins.int
     SHARDS_FIELD_NUMBER: builtins.int
+    FOLLOWERS_FIELD_NUMBER: builtins.int
     GENERATING_FIELD_NUMBER: builtins.int
     name: builtins.str
     plan_sha256: builtins.str
@@ -601,6 +602,10 @@ class DeploymentStatus(google.protobuf.message.Message):
         """of this node's stages: sha256 of their manifests"""
 
     @property
+    def followers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """addresses of the nodes that take its place, in this order, when the ingress is lost"""
+
+    @property
     def generating(self) -> Global___GenerationStatus:
         """of a decoder model, at the ingress"""
 
@@ -630,10 +635,11 @@ class DeploymentStatus(google.protobuf.message.Message):
         moved_to: builtins.str = ...,
         plan_json: builtins.bytes = ...,
         shards: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        followers: collections.abc.Iterable[builtins.str] | None = ...,
         generating: Global___GenerationStatus | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["generating", b"generating"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["answered", b"answered", "generating", b"generating", "generation", b"generation", "in_flight", b"in_flight", "ingress", b"ingress", "ingress_address", b"ingress_address", "inputs", b"inputs", "max_batch", b"max_batch", "max_delay_s", b"max_delay_s", "max_in_flight", b"max_in_flight", "microbatch", b"microbatch", "model", b"model", "moved_to", b"moved_to", "name", b"name", "node", b"node", "outputs", b"outputs", "plan_json", b"plan_json", "plan_sha256", b"plan_sha256", "shards", b"shards", "share", b"share", "stages", b"stages", "state", b"state", "unanswered", b"unanswered", "waiting", b"waiting"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["answered", b"answered", "followers", b"followers", "generating", b"generating", "generation", b"generation", "in_flight", b"in_flight", "ingress", b"ingress", "ingress_address", b"ingress_address", "inputs", b"inputs", "max_batch", b"max_batch", "max_delay_s", b"max_delay_s", "max_in_flight", b"max_in_flight", "microbatch", b"microbatch", "model", b"model", "moved_to", b"moved_to", "name", b"name", "node", b"node", "outputs", b"outputs", "plan_json", b"plan_json", "plan_sha256", b"plan_sha256", "shards", b"shards", "share", b"share", "stages", b"stages", "state", b"state", "unanswered", b"unanswered", "waiting", b"waiting"]) -> None: ...
 
 Global___DeploymentStatus: typing_extensions.TypeAlias = DeploymentStatus
 
