@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from partitioner.bench_command import bench
+from partitioner.decoders.options import generate_options, refuse_without_generate
 from partitioner.options import FILE, Size, check_folder, check_output, measuring, progress_bar, say
 from partitioner.wishes import wish_options, wishes
 from splitnet.cluster import Cluster
@@ -85,6 +86,7 @@ def probe(addresses: tuple[str, ...], output: Path, budget_s: float, as_json: bo
 @click.option("--size", "sizes", multiple=True, type=Size(), help="The size of another symbolic dimension, as sequence=128.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads that measure, as the nodes' --threads.")
 @click.option("--repeats", type=click.IntRange(min=1), default=10, show_default=True, help="Runs of which the median is taken.")
+@generate_options
 @measuring
 @click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
 def profile(
@@ -103,9 +105,19 @@ def profile(
     \b
     Example: on every node
       splitnet profile hf:./minilm --cluster cluster.toml -o minilm.profile.json
+    \b
+    Example: a language model that is to generate text
+      splitnet profile hf:./llama --generate --cluster cluster.toml -o llama.profile.json
     """
     check_output(output)
     cluster = Cluster.load(cluster_file) if cluster_file else None
+    if measured_by["generate"]:
+        from partitioner.decoders.command import profile_generating
+
+        _refuse_with_generate(batch=batch, size=sizes)
+        profile_generating(model, cluster, output, threads=threads, given=measured_by, as_json=as_json)
+        return
+    refuse_without_generate(measured_by)
     graph = _load(model, _sizes(batch, sizes))
     measured = _measure(graph, cluster, threads, repeats, measured_by)
     measured.save(output)
@@ -119,7 +131,13 @@ def profile(
 @click.command()
 @click.argument("model")
 @click.option("--cluster", "cluster_file", type=FILE, required=True, help="The cluster file, as `splitnet probe` writes it.")
-@click.option("--objective", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True, help="What to make best.")
+@click.option(
+    "--objective",
+    type=click.Choice(["latency", "throughput", "ttft", "tpot"]),
+    default="latency",
+    show_default=True,
+    help="What to make best. With --generate: latency is that of a whole answer, ttft the time to its first token, tpot the time per token after it, throughput the tokens of all sessions.",
+)
 @click.option("-o", "--output", type=FILE, required=True, help="The plan to write; the shards go to a folder beside it.")
 @click.option("--profile", "profile_file", type=FILE, help="A profile made before, instead of measuring now.")
 @click.option(
@@ -131,12 +149,21 @@ def profile(
 @click.option("--batch", type=click.IntRange(min=1), help="Items per batch that the plan is made for.  [default: as the model's example]")
 @click.option("--size", "sizes", multiple=True, type=Size(), help="The size of another symbolic dimension, as sequence=128.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads that measure on this machine.")
+@click.option(
+    "--replicas",
+    type=click.IntRange(min=0),
+    default=None,
+    help="How many other nodes hold each stage ready, to take over within a second when its node is lost.  [default: 1 with --standby, else 0]",
+)
+@click.option("--standby", "standby", multiple=True, metavar="NODE", help="Replicas go only on this node (may be repeated).")
+@generate_options
 @measuring
 @click.option("--draw", "picture", type=FILE, help="Draw the plan and what else could be planned, into .html, .svg or .png.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(
     model: str, cluster_file: Path, objective: str, output: Path, profile_file: Path | None, calibration_file: Path | None,
-    data_file: Path | None, bench_file: Path | None, batch: int | None, sizes: tuple[tuple[str, int], ...], threads: int, picture: Path | None, as_json: bool, **others: Any,
+    data_file: Path | None, bench_file: Path | None, batch: int | None, sizes: tuple[tuple[str, int], ...], threads: int, replicas: int | None,
+    standby: tuple[str, ...], picture: Path | None, as_json: bool, **others: Any,
 ) -> None:  # fmt: skip
     """Choose where to cut MODEL for a cluster, and cut it.
 
@@ -160,8 +187,14 @@ def plan(
       splitnet calibrate hf:./minilm --data lines.txt --metric cosine
       splitnet plan hf:./minilm --cluster cluster.toml --max-accuracy-loss 0.5% -o plan.json
     \b
+    Example: any node may be lost, and the client sees a pause
+      splitnet plan hf:./minilm --cluster cluster.toml --replicas 1 -o plan.json
+    \b
     Example: with a page of pictures
       splitnet plan hf:./minilm --cluster cluster.toml -o plan.json --draw plan.html
+    \b
+    Example: a language model that generates text, for the quickest tokens, with room for 4 sessions
+      splitnet plan hf:./llama --generate --cluster cluster.toml --objective tpot --sessions 4 -o plan.json
     """
     import partitioner
     from partitioner.asked import check_asked
@@ -172,6 +205,7 @@ def plan(
     from partitioner.feedback import corrected
     from partitioner.profiling import Profile
     from partitioner.resizing import at_sizes
+    from partitioner.standbys import add_standbys
 
     # All that can be wrong without the model is told now, and not after minutes of capturing and measuring.
     if picture:
@@ -181,6 +215,21 @@ def plan(
     asked = wishes(others)
     cluster = Cluster.load(cluster_file)
     check_asked(cluster, **asked)
+    replicas = int(bool(standby)) if replicas is None else replicas
+    if replicas and asked.get("private"):
+        raise BadInput("--replicas would put what is private on another node, too", remedy="leave out --private, or --replicas and --standby")
+    if others["generate"]:
+        from partitioner.decoders.command import plan_generating
+
+        _refuse_with_generate(replicas=replicas, batch=batch, size=sizes, calibration=calibration_file, from_bench=bench_file, draw=picture)
+        plan_generating(
+            model, cluster, output, folder, objective=objective, asked=asked, profile_file=profile_file, data_file=data_file, threads=threads,
+            given=others, as_json=as_json,
+        )  # fmt: skip
+        return
+    refuse_without_generate(others)
+    if objective in ("ttft", "tpot"):
+        raise BadInput(f"--objective {objective} is for models that generate", remedy="add --generate")
     given = Profile.load(profile_file) if profile_file else None
     calibration = Calibration.load(calibration_file) if calibration_file else None
     report = BenchReport.load(bench_file) if bench_file else None
@@ -200,6 +249,9 @@ def plan(
         measured, cluster = corrected(measured, cluster, report)
     asked |= accuracy(model, graph, calibration, data_file, asked)
     chosen = partitioner.plan(measured, cluster, objective=objective, **asked)
+    if replicas:
+        taken = {name: size for name, (size, _) in asked.get("taken", {}).items()}
+        chosen = add_standbys(chosen, cluster, replicas, standby, taken)
     say("cutting the model")
     shards = partitioner.cut(graph, chosen, folder)
     chosen = chosen.with_shards({stage: shard.sha256 for stage, shard in shards.items()})
@@ -212,6 +264,12 @@ def plan(
         return
     click.echo(chosen.explain())
     click.echo(f"\nwrote {output} and {folder}" + (f", and drew {picture}" if picture else ""))
+
+
+def _refuse_with_generate(**given: Any) -> None:
+    for name, value in given.items():
+        if value:
+            raise BadInput(f"--{name.replace('_', '-')} cannot be had with --generate", remedy="leave it away")
 
 
 def _free(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,10 @@ def table(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> list[str]:
 
 def explain(plan: Plan) -> str:
     """The plan for people: stages, what crosses between them, what is predicted, how good that is, and what one machine alone would do."""
+    if plan.generation is not None:
+        from splitnet.explain_generation import explain_generation  # which uses this room's texts
+
+        return explain_generation(plan, plan.generation)
     lines = [
         f"{plan.model}: {_count(len(plan.stages), 'stage')} on {_count(len({s.node for s in plan.stages}), 'node')}, for {plan.objective}"
     ]
@@ -45,6 +49,8 @@ def explain(plan: Plan) -> str:
         "stages",
         *table([("stage", "node", "operators", "from", "to", "parameters", "memory", "compute"), *map(_stage, plan.stages)]),
     ]
+    if held := [f"  {s.name}: {', '.join(s.replicas)}" for s in plan.stages if s.replicas]:
+        lines += ["", "held ready, to take over in this order", *held]
     if plan.transfers:
         lines += ["", "transfers", *table([("from", "to", "link", "tensors", "bytes", "codec"), *_transfers(plan)])]
     if plan.prediction is not None:

@@ -116,9 +116,7 @@ def best_chain(chain: Chain, score: Callable[[float, float], float]) -> Found | 
         bound = score(plan.latency_s, floor_s)  # of all that follow: none is quicker
         if bound >= least:
             break
-        limit_s = _BELOW * min(
-            plan.bottleneck_s, _last_below(lambda pace_s, at=plan.latency_s: score(at, pace_s), least, plan.bottleneck_s)
-        )
+        limit_s = _BELOW * min(plan.bottleneck_s, _last_below(functools.partial(score, plan.latency_s), least, plan.bottleneck_s))
     return None if best is None else Found(best, least, min(bound, least))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -118,6 +119,10 @@ class DecoderProfile:
         k = max(k, 1)
         low, high = self.batches[k - 1], self.batches[k]
         return np.asarray(np.maximum(rows[k - 1] + (rows[k] - rows[k - 1]) * (batch - low) / (high - low), 0.0))
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
         document = {"kind": _KIND} | {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

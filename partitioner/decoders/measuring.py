@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from partitioner.decoders.figures import DecoderProfile, Times, Workload
 from partitioner.decoders.model import DecoderModel
@@ -87,8 +87,7 @@ async def _profile(
         twin = next((name for other, name in measured if equal_devices(other, known)), None)
         if twin is not None:
             found[node.name] = {
-                form: Times(times.prefill, times.decode, f"as node {twin!r}, an equal device: {times.how}")
-                for form, times in found[twin].items()
+                form: times.scaled(1.0, f"as node {twin!r}, an equal device: {times.how}") for form, times in found[twin].items()
             }
             continue
         own: dict[str, Times] = {}
@@ -112,8 +111,6 @@ async def _profile(
 
 async def _identified(node: ClusterNode) -> ClusterNode:
     """With what the cluster file does not say of it."""
-    from dataclasses import replace
-
     if node.processor and node.reference_s:
         return node
     async with open_channel(node.address) as channel:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from splitnet.errors import BadInput, SplitnetError
+from splitnet.errors import BadInput, BadPlan, SplitnetError
 from splitnet.plan import Plan
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def run(
     from splitnet.sync import Client
 
     loaded = Plan.load(plan)
+    if loaded.generation is not None:
+        raise BadPlan(f"{plan} is of a model that generates text", remedy=f'use `splitnet generate {plan} --prompt "..."`')
     requests = _requests(loaded, inputs)
     written = _files_for(requests, output) if output is not None else None
     name = deployment or _deployed(loaded, timeout_s)
