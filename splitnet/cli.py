@@ -34,6 +34,7 @@ SUMMARIES = {
     "calibrate": "Measure what codecs cost in accuracy, on your samples.",
     "plan": "Choose the cuts, and cut the model.",
     "deploy": "Ship shards to the nodes, verify, activate.",
+    "generate": "Continue a prompt with a language model.",
     "run": "Send requests, print answers.",
     "status": "Show what each node holds and does.",
     "unload": "Take a deployment off its nodes.",
