@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from nodes.admission import Admission
 from nodes.codec_choice import CodecChooser, CodecOnLink, chooser_of
 from nodes.engines.base import Engine
+from nodes.generation.stage import StageSessions
 from nodes.goodput import Goodput
 from nodes.line import Line
 from nodes.link import Link
@@ -19,6 +20,7 @@ from splitnet.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from nodes.calls import Call
+    from nodes.generation.generator import Generator
 
 __all__ = ["Deployment", "Route", "Stage"]
 
@@ -55,6 +57,7 @@ class Stage:
     compute_s: float = 0.0
     encode_s: float = 0.0
     send_s: float = 0.0
+    sessions: StageSessions = field(default_factory=StageSessions)  #: of a decoder model
 
 
 @dataclass(eq=False)
@@ -79,6 +82,7 @@ class Deployment:
         self.input_routes = routes(self.plan, CLIENT)
         self.line: Line[Call] = Line(self.plan.batching)  # at the ingress
         self.batch_axes: BatchAxes | None = self.plan.batch_axes  # None where requests are neither joined nor divided
+        self.generator: Generator | None = None  # at the ingress of a decoder model, from its first call on
         self._waker: asyncio.TimerHandle | None = None
         self.outputs: dict[str, list[str]] = {}  # value -> the names under which the client gets it
         for output in self.plan.outputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterable
@@ -10,11 +11,13 @@ import psutil
 
 from nodes.deployment import Deployment, Stage
 from nodes.engines import engine_names
+from nodes.generation.desk import text_model
 from nodes.installer import Installer
 from nodes.ledger import Ledger
 from nodes.link import Link, Links
 from splitnet import __version__, wire
 from splitnet.codecs import codec_names
+from splitnet.generation_plan import Generation
 from splitnet.machine import machine_id, processor_name, usable_processors
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.tensors import TensorSpec
@@ -76,7 +79,29 @@ class Describer:
             max_delay_s=d.plan.batching.max_delay_s,
             microbatch=d.plan.batching.microbatch,
             waiting=len(d.line),
+            generating=_generating(d, d.plan.generation) if d.plan.generation is not None and d.is_ingress else None,
         )
+
+
+def _generating(d: Deployment, generation: Generation) -> pb.GenerationStatus:
+    """What it takes is known from the plan; what it is doing, once it has done something."""
+    model = text_model(generation)
+    said = pb.GenerationStatus(
+        context_length=model.context_length,
+        vocabulary=model.vocabulary,
+        eos_token_ids=model.eos_token_ids,
+        bos_token_ids=model.bos_token_ids,
+        tokenizer=model.tokenizer,
+        cache_tokens=model.cache_tokens,
+        free_tokens=model.cache_tokens,
+    )
+    if (generator := d.generator) is not None:
+        for name, count in dataclasses.asdict(generator.counts).items():
+            setattr(said, name, count)
+        said.free_tokens = max(generator.slots.free, 0)
+        said.sessions, said.kept = len(generator.slots.live), len(generator.slots.kept)
+        said.passes_in_flight = len(generator.passes)
+    return said
 
 
 def _stage(s: Stage) -> pb.StageStatus:

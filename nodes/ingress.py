@@ -10,6 +10,7 @@ from nodes.calls import Call
 from nodes.clients import ClientStream
 from nodes.deployment import Deployment
 from nodes.dispatch import Dispatcher
+from nodes.generation.desk import TextDesk
 from nodes.ledger import Ledger
 from nodes.pipeline import Pipeline
 from splitnet.codecs import Buffer
@@ -29,11 +30,13 @@ class Ingress:
         self._calls = ledger.calls
         self._pipeline = pipeline
         self._dispatcher = Dispatcher(ledger, pipeline)
+        self._desk = ledger.calls.carrier = TextDesk(ledger, pipeline, self._dispatcher)
 
     async def receive(self, client: ClientStream, frame: pb.Frame, payload: Buffer) -> None:
         """A frame from a client. Raises ProtocolError where the stream makes no sense; what is wrong with one request is answered."""
         client_id = frame.request
         call = client.calls.get(client_id)
+        new = call is None
         if call is None:
             if not _REQUEST_ID.match(client_id):
                 raise ProtocolError(f"request id {client_id!r:.100} is not 1 to 64 characters of [A-Za-z0-9_-]")
@@ -56,11 +59,16 @@ class Ingress:
             return
         call.received = frame.end
         try:
+            if new:
+                self._desk.open(call, frame)
             if frame.HasField("tensor"):
                 await self._take_input(call, frame.tensor, payload)
             if frame.end and call.live:
                 self._check_complete(call)
-                self._dispatcher.join_line(call)
+                if self._desk.takes(call):
+                    self._desk.begin(call)
+                else:
+                    self._dispatcher.join_line(call)
         except SplitnetError as error:
             self._calls.fail(call, error)
 

@@ -147,6 +147,9 @@ class Installer:
         """In the compute thread."""
         config = self._config
         max_value_bytes = _VALUE_SHARE * config.max_tensor_bytes
+        if plan.generation is not None:
+            tokens = plan.generation.cache_tokens
+            return load_engine(shard, threads=config.threads, max_value_bytes=max_value_bytes, cache_tokens=tokens)
         if config.engine != AUTO:
             return load_engine(shard, threads=config.threads, engine=config.engine, max_value_bytes=max_value_bytes)
         symbols = plan.prediction.symbols if plan.prediction is not None else {}
@@ -193,7 +196,8 @@ def _checked(plan: Plan, spec: StageSpec, shard: Shard) -> int:
     if not spec.inputs:
         raise BadPlan(f"stage {spec.name!r} has no input, so nothing would start it", remedy="make the plan again")
     received_bytes = sum(transfer.bytes for transfer in plan.transfers if transfer.target == spec.name)
-    return stage_memory_bytes(manifest.param_bytes, manifest.activation_bytes, received_bytes)
+    cache_bytes = plan.generation.cache_bytes(spec.name) if plan.generation is not None else 0
+    return stage_memory_bytes(manifest.param_bytes, manifest.activation_bytes, received_bytes) + cache_bytes
 
 
 def _faces(specs: tuple[TensorSpec, ...]) -> list[tuple[str, str, int]]:

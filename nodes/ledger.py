@@ -23,6 +23,8 @@ class Ledger:
     """Whoever ends a request does it here, once: what it holds on this node is freed at that moment, and the other nodes are told
     (by the ingress) or the ingress is (by the others). To be used in the event loop."""
 
+    forget_sessions: Callable[[Deployment], None]  #: set by the pipeline: the ingress of a decoder model knows none of its sessions any more
+
     def __init__(self, config: NodeConfig, log: Log) -> None:
         self.config = config
         self.log = log
@@ -242,6 +244,9 @@ class Ledger:
         for request in self.requests:
             if request.owner is None and request.deployment.ingress == ingress:
                 self.end(request)
+        for deployment in self.deployments.values():
+            if deployment.ingress == ingress and not deployment.is_ingress:
+                self.forget_sessions(deployment)
 
 
 def _gone(deployment: Deployment, node: NodeRef, error: SplitnetError) -> NodeUnavailable:

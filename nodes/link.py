@@ -79,11 +79,17 @@ class Link:
         tensor: EncodedTensor,
         on_sent: Callable[[Parcel], None],
         on_failed: Callable[[Parcel, SplitnetError], None],
+        steps: bytes = b"",
     ) -> Parcel:
-        """`deadline_s`: by the event loop's clock; it travels as the time that is left."""
+        """`deadline_s`: by the event loop's clock; it travels as the time that is left. `steps`: of a decoder model's forward pass; then the other node's limit holds, and
+        the frame is as small as can be."""
         clock = asyncio.get_running_loop().time
 
         def envelope() -> pb.Frame:
+            nonlocal steps
+            if steps:
+                first, steps = steps, b""
+                return pb.Frame(request=key.request, deployment=key.deployment, stage=stage, ingress=key.ingress, steps=first)
             left_s = max(deadline_s - clock(), _SHORTEST_S)
             return pb.Frame(request=key.request, deployment=key.deployment, stage=stage, ingress=key.ingress, timeout_s=left_s)
 
@@ -107,6 +113,10 @@ class Link:
     def send_stopping(self, deployment: str, ingress: str, error: SplitnetError) -> None:
         """To the ingress: this node is being stopped. A failure of no request in particular."""
         self._send_now(pb.Frame(deployment=deployment, ingress=ingress, failure=to_failure(error)))
+
+    def send_orders(self, deployment: str, ingress: str, steps: bytes) -> None:
+        """From the ingress: sessions to close, while no forward pass is to be sent that could say so."""
+        self._send_now(pb.Frame(deployment=deployment, ingress=ingress, steps=steps))
 
     def send_released(self, deployment: str, ingress: str) -> None:
         """The ingress's answer, once nothing is in flight: a cancellation of no request in particular."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from nodes.compute import ComputeThread
 from nodes.deployment import Deployment, Route, Stage
+from nodes.generation.orders import Orders, decode_orders, encode_orders
 from nodes.ledger import Ledger
 from nodes.outbox import EncodedTensor, Parcel
 from nodes.requests import Holder, Request, RequestKey
@@ -38,14 +39,15 @@ class Pipeline:
     def __init__(self, ledger: Ledger, compute: ComputeThread, pool: Executor) -> None:
         self.pool = pool
         self._ledger = ledger
+        ledger.forget_sessions = self.sessions_closed
         self._loop = ledger.loop
         self._max_tensor_bytes = ledger.config.max_tensor_bytes
         self._compute = compute
 
     # ------------------------------------------------------------------------------------------------------------- receive
 
-    async def take(self, key: RequestKey, stage: str, chunk: pb.TensorChunk, payload: Buffer, timeout_s: float) -> None:
-        """A chunk from another node. Raises NotFound or ProtocolError for what no ingress can be told about: the sender must be."""
+    async def take(self, key: RequestKey, stage: str, chunk: pb.TensorChunk, payload: Buffer, timeout_s: float, steps: bytes = b"") -> None:
+        """A chunk from another node; a tensor without a name is the only one that is awaited there. Raises NotFound or ProtocolError for what no ingress can be told about: the sender must be."""
         deployment = self._ledger.deployments.get(key.deployment)
         if deployment is None:
             raise NotFound(f"this node does not serve deployment {key.deployment!r}", remedy="deploy the plan again: `splitnet deploy`")
@@ -64,6 +66,10 @@ class Pipeline:
                 self._ledger.report(deployment, key, error)
                 return
         try:
+            if steps:
+                request.orders = decode_orders(steps)
+            if not chunk.name:
+                chunk.name = _only_name(request, stage)
             array = await self.decode(request, stage, self._awaited(request, stage, chunk.name), chunk, payload)
             if array is not None:
                 self._arrive(request, stage, chunk.name, array)
@@ -150,7 +156,10 @@ class Pipeline:
         outcome: dict[str, np.ndarray] | SplitnetError | None = None
         if request.live and self._loop.time() < request.deadline_s:  # else nobody waits for it any more
             try:
-                outcome = stage.engine.run(inputs)
+                if request.orders is None:
+                    outcome = stage.engine.run(inputs)
+                else:
+                    outcome = stage.sessions.run(stage.engine, request.orders, inputs, next(iter(stage.routes)))
             except SplitnetError as error:
                 outcome = error
             except Exception as error:  # noqa: BLE001 # one request's failure, translated; the node goes on
@@ -177,6 +186,8 @@ class Pipeline:
             return
         for name in stage.inputs:
             request.free((stage.spec.name, name))
+        if request.orders is not None:
+            request.orders = request.orders.timed(compute_s, wait_s)
         self.deliver(request, outcome, stage.routes, stage)
 
     # ------------------------------------------------------------------------------------------------------ encode and send
@@ -197,7 +208,8 @@ class Pipeline:
         own = request.deployment.node.name
         links = request.deployment.links
         takers = Counter(route.coding(links[route.node].goodput) for route in targets if route.node != own)
-        encoded = {coding: EncodedTensor(name, array, coding, self.pool, count) for coding, count in takers.items()}
+        said = name if request.orders is None else ""  # a decoder stage sends and awaits only one
+        encoded = {coding: EncodedTensor(said, array, coding, self.pool, count) for coding, count in takers.items()}
 
         def sent(parcel: Parcel) -> None:
             if stage is not None:
@@ -220,8 +232,33 @@ class Pipeline:
                 request.unsent += 1
                 link = links[route.node]
                 tensor = encoded[route.coding(link.goodput)]
-                request.hold(link.send(request.key, route.stage, request.deadline_s, tensor, sent, failed), array.nbytes)
+                steps = b"" if request.orders is None else encode_orders(request.orders.onward(answer=route.stage == CLIENT))
+                request.hold(link.send(request.key, route.stage, request.deadline_s, tensor, sent, failed, steps), array.nbytes)
+
+    def close_sessions(self, deployment: Deployment, orders: Orders) -> None:
+        """At the ingress: frees what all stages hold of these sessions."""
+        steps = encode_orders(orders)
+        for name in {stage.node for stage in deployment.plan.stages} - {deployment.node.name}:
+            deployment.links[name].send_orders(deployment.name, deployment.ingress.name, steps)
+        self.sessions_closed(deployment, orders)
+
+    def sessions_closed(self, deployment: Deployment | None, orders: Orders | None = None) -> None:
+        """Of this node's stages; `orders` None: all of them, because the ingress has forgotten them."""
+        for stage in () if deployment is None else deployment.stages.values():
+            if orders is None and len(stage.sessions):
+                self._compute.submit(functools.partial(stage.sessions.close_all, stage.engine))
+            elif orders is not None:
+                self._compute.submit(functools.partial(stage.sessions.close, stage.engine, orders.closes))
 
     def _close_if_done(self, request: Request) -> None:
         if request.live and request.owner is None and request.done:
             self._ledger.end(request)
+
+
+def _only_name(request: Request, stage: str) -> str:
+    """Raises ProtocolError where several tensors are awaited."""
+    here = request.deployment.stages.get(stage)
+    names = tuple(request.deployment.outputs) if stage == CLIENT else tuple(here.inputs) if here is not None else ()
+    if len(names) != 1:
+        raise ProtocolError(f"a tensor without a name, of the {len(names)} that stage {stage!r} awaits", remedy="deploy the plan again")
+    return names[0]

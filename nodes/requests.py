@@ -20,6 +20,7 @@ from splitnet.wire import TensorAssembler
 
 if TYPE_CHECKING:
     from nodes.deployment import Deployment
+    from nodes.generation.orders import Orders
 
 __all__ = ["Holder", "Owner", "Request", "RequestKey", "Requests"]
 
@@ -99,7 +100,7 @@ class Owner(Protocol):
 
 
 class Request(Holder):
-    __slots__ = ("awaited", "inputs", "key", "owner", "ran", "running", "timer", "unsent")
+    __slots__ = ("awaited", "inputs", "key", "orders", "owner", "ran", "running", "timer", "unsent")
 
     def __init__(self, key: RequestKey, deployment: Deployment, deadline_s: float, buffers: Buffers) -> None:
         super().__init__(deployment, deadline_s, buffers)
@@ -110,6 +111,7 @@ class Request(Holder):
         self.ran: set[str] = set()  # stages of this node that have been started
         self.running = 0  # those of them that have not finished
         self.unsent = 0  # parcels
+        self.orders: Orders | None = None  # of a decoder model's forward pass: what it does
         self.timer: asyncio.TimerHandle | None = None
 
     @property

@@ -18,6 +18,7 @@ from nodes.clients import ClientStream
 from nodes.compute import ComputeThread
 from nodes.describe import Describer
 from nodes.heartbeat import Pulses
+from nodes.generation.orders import decode_orders
 from nodes.ingress import Ingress
 from nodes.installer import Installer
 from nodes.ledger import Ledger
@@ -154,7 +155,7 @@ class Servicer(NodeServicer):
         elif frame.HasField("cancel"):
             self._ledger.dropped_by_ingress(key)
         elif frame.HasField("tensor"):
-            await self._pipeline.take(key, frame.stage, frame.tensor, message.payload, frame.timeout_s)
+            await self._pipeline.take(key, frame.stage, frame.tensor, message.payload, frame.timeout_s, frame.steps)
         else:
             raise ProtocolError("a frame has neither a tensor, nor a failure, nor a cancellation")
 
@@ -164,6 +165,8 @@ class Servicer(NodeServicer):
             self._ledger.node_stops(key.deployment, from_failure(frame.failure).node)
         elif frame.HasField("cancel"):
             self._ledger.released(key.deployment)
+        elif frame.steps:
+            self._pipeline.sessions_closed(self._ledger.deployments.get(key.deployment), decode_orders(frame.steps))
         else:
             raise ProtocolError("a frame's request is missing")
 

@@ -76,11 +76,19 @@ def resolve(shard: Shard, engine: str) -> str:
 
 
 def load_engine(
-    shard: Shard, *, threads: int, engine: str = REFERENCE, made_up: bool = False, max_value_bytes: int = MAX_VALUE_BYTES
+    shard: Shard,
+    *,
+    threads: int,
+    engine: str = REFERENCE,
+    made_up: bool = False,
+    max_value_bytes: int = MAX_VALUE_BYTES,
+    cache_tokens: int = 0,
 ) -> Engine:
-    """Loads a shard into an engine, in the thread that will run it; `made_up` as in `TimedEngine`. Raises what `resolve` and `Engine.load` raise."""
+    """Loads a shard into an engine, in the thread that will run it; `made_up` as in `TimedEngine`, `cache_tokens` for a `StepEngine`. Raises what `resolve` and `Engine.load` raise."""
     entry = ENGINES[resolve(shard, engine)]
     loader = getattr(importlib.import_module(entry.module), entry.cls).load
     options = {"threads": threads, "max_value_bytes": max_value_bytes} | ({"made_up": True} if made_up else {})
+    if cache_tokens:
+        options["cache_tokens"] = cache_tokens
     loaded: Engine = loader(shard, **options)
     return loaded

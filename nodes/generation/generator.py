@@ -1,0 +1,379 @@
+"""Continuous batching, at the ingress of a decoder model: which steps of which sessions make up the next forward pass.
+
+A pass holds the next step of some sessions and a piece of a prompt. Several passes are under way at once, as many as keep the slowest stage busy (`nodes.generation.meter`), so that
+neither the other stages nor the way between them cost throughput; a new one is made when there is room for it, of whatever is ready then. Passes go down the chain in their
+order, so a session's pieces need not wait for each other: only the next token waits for the one before it, or is guessed (`nodes.generation.drafting`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nodes.deployment import Deployment
+from nodes.generation.kept import Slots
+from nodes.generation.meter import Meter
+from nodes.generation.orders import MAX_STEPS, Fork, Orders
+from nodes.generation.passes import Entry, ForwardPass
+from nodes.generation.session import Session
+from nodes.ledger import Ledger
+from nodes.pipeline import Pipeline
+from nodes.requests import Request, RequestKey
+from splitnet.errors import BadInput, DeadlineExceeded, EngineFailure, InsufficientMemory, Overloaded, SplitnetError
+from splitnet.generation import PROMPT
+from splitnet.generation_plan import Generation
+from splitnet.wire import CHUNK_BYTES
+
+__all__ = ["Counts", "Generator"]
+
+_LONGEST_CHUNK, _SHORTEST_CHUNK = 256, 16  # tokens of a prompt in one pass
+_PIECES_PER_STAGE = 6  # into which a prompt that is alone is divided at least: so that all stages are busy most of the time
+_PATIENCE, _PATIENCE_S = 2.0, 0.02  # a piece of a prompt may make a pass longer by so many times its decoding, or so long
+_WORTH = 16  # tokens that are worth forking
+_WORTH_WAITING = 48  # and worth waiting for
+_IDLE_S = 120.0  # that an ended session's caches are kept
+_STRIKES = 3
+_AGAIN_S = 0.05
+_SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.05, 30.0
+#: What one session's fault may do to all steps of a pass; or what a cache that a node has lost does.
+_PERHAPS_ANOTHERS = (BadInput, EngineFailure, InsufficientMemory, Overloaded)
+
+
+@dataclass(slots=True)
+class Counts:
+    """Since activation."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    passes: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Making:
+    """A pass that is being made. A guess is worth its price: see `PromptLookup.propose`; `pass_s` 0: nothing is guessed."""
+
+    entries: list[Entry] = field(default_factory=list)
+    forks: list[Fork] = field(default_factory=list)
+    sources: list[Session] = field(default_factory=list)
+    tokens: int = 0
+    pass_s: float = 0.0
+    token_s: float = 0.0
+
+
+class Generator:
+    """Of one deployment. `on_tokens` gets a session's new tokens, with the last of them `session.finish` is set; `on_failed` what a session ended with instead."""
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        generation: Generation,
+        ledger: Ledger,
+        pipeline: Pipeline,
+        on_tokens: Callable[[Session, list[int]], None],
+        on_failed: Callable[[Session, SplitnetError], None],
+    ) -> None:
+        self.deployment = deployment
+        self.generation = generation
+        self.slots = Slots(generation.cache_tokens)
+        self.meter = Meter(len(deployment.plan.stages))
+        self.counts = Counts()
+        self.passes: set[ForwardPass] = set()
+        self._ledger = ledger
+        self._loop = ledger.loop
+        self._pipeline = pipeline
+        self._on_tokens = on_tokens
+        self._on_failed = on_failed
+        self._handles = itertools.count(1)
+        self._numbers = itertools.count()
+        self._closing: list[int] = []
+        self._most_tokens = _most_tokens(deployment)
+        self._session_s = 0.0  # running mean of how long a session lives
+        self._began_s: dict[Session, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._turn = 0  # how many places in passes have been given
+
+    # ---------------------------------------------------------------------------------------------------------- sessions
+
+    def admit(self, session: Session) -> None:
+        """Takes a new session in, or raises Overloaded at once."""
+        prompt, now_s = session.tokens, self._loop.time()
+        source = self._best_source(prompt)
+        leaving = self.slots.make_room(session.reserved, source)
+        if leaving is None:
+            raise Overloaded(
+                f"{session.reserved} slots of the caches are needed for this prompt and its answer, {max(self.slots.free, 0)} of {self.slots.total} are free",
+                remedy="try again a little later, ask for fewer tokens, or plan with more --sessions",
+                retry_after_s=self._retry_s(),
+            )
+        for old in leaving:
+            if old is source:  # there is no room for both: it goes on as the new one
+                session.handle = old.handle
+                session.begin_with(old.shares(prompt))
+            else:
+                self._closing.append(old.handle)
+        self._follow(session)
+        self.slots.live[session] = None
+        self._began_s[session] = now_s
+        self.counts.prompt_tokens += session.prompt
+        self.advance()
+
+    def new_handle(self) -> int:
+        return next(self._handles)
+
+    def end(self, session: Session, *, keep: bool = True) -> None:
+        """It is over, however it ended: its slots are free for others. What the caches hold of it is kept for prompts that begin alike, or closed."""
+        if session not in self.slots.live:
+            return
+        now_s = self._loop.time()
+        self._session_s += (now_s - self._began_s.pop(session) - self._session_s) * (0.2 if self._session_s else 1.0)
+        self.counts.cached_tokens += session.cached
+        if keep and session.held >= _WORTH:
+            self.slots.keep(session, now_s)
+            if self._timer is None:
+                self._timer = self._loop.call_later(_IDLE_S, self._drop_idle)
+        else:
+            del self.slots.live[session]
+            session.live = False
+            self._closing.append(session.handle)
+        self.advance()
+
+    def _drop_idle(self) -> None:
+        self._timer = None
+        self._closing += [session.handle for session in self.slots.idle(self._loop.time() - _IDLE_S)]
+        if self.slots.kept:
+            self._timer = self._loop.call_later(_IDLE_S / 4, self._drop_idle)
+        self.advance()
+
+    def _retry_s(self) -> float:
+        each_s = self._session_s / max(len(self.slots.live), 1)
+        return min(max(each_s, _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
+
+    # --------------------------------------------------------------------------------------------------- what is shared
+
+    def _best_source(self, prompt: np.ndarray) -> Session | None:
+        """Whose caches hold the most of what this prompt begins with."""
+        held = [(min(s.shares(prompt), s.held), s) for s in (*self.slots.live, *self.slots.kept) if s.held >= _WORTH]
+        tokens, best = max(held, key=lambda pair: pair[0], default=(0, None))
+        return best if tokens >= _WORTH else None
+
+    def _follow(self, session: Session) -> None:
+        """Where a session before it is about to compute much of its prompt, it waits for that."""
+        if session.started:
+            return
+        likely = [(other.shares(session.tokens), other) for other in self.slots.live if other.unsent > 1 or other.held < other.prompt]
+        tokens, leader = max(likely, key=lambda pair: pair[0], default=(0, None))
+        source = self._best_source(session.tokens)
+        if leader is not None and tokens - (min(source.shares(session.tokens), source.held) if source else 0) >= _WORTH_WAITING:
+            session.leader, session.shared = leader, tokens
+
+    def _may_start(self, session: Session) -> bool:
+        leader = session.leader
+        if leader is not None and leader.live and leader.held < session.shared and not leader.alone:
+            return False
+        session.leader = None
+        return True
+
+    def _start(self, session: Session, making: _Making) -> None:
+        """Its first step is being made."""
+        source = self._best_source(session.tokens)
+        if source is None or session.alone or session is source:
+            return
+        shared = min(source.shares(session.tokens), source.held)
+        self.slots.touch(source, self._loop.time())
+        if shared == source.held and source in self.slots.kept and not source.in_flight:  # nothing of it is lost: it goes on as this one
+            del self.slots.kept[source]
+            session.handle = source.handle
+        else:
+            making.forks.append(Fork(source.handle, session.handle, shared))
+            making.sources.append(source)
+        session.begin_with(shared)
+
+    # ------------------------------------------------------------------------------------------------------------ passes
+
+    def advance(self) -> None:
+        """Keeps the pipeline full."""
+        while self._make():
+            pass
+        if self._closing and not self.passes:
+            self._close_now()
+
+    def _make(self) -> bool:
+        """Sends the next pass; False where there is no room for one, or nothing is ready."""
+        live = sorted(self.slots.live, key=_precedence)
+        decoding = sum(session.unsent <= 1 for session in live)
+        size = self.meter.group(max(decoding, 1))
+        if self.passes and not self.meter.has_room(sum(forward.busy_s for forward in self.passes), size):
+            return False
+        making = _Making()
+        ready = [session for session in live if not session.waits]
+        suspect = next((session for session in ready if session.alone and not session.in_flight), None)
+        if suspect is not None:
+            self._add(making, suspect, self._most_tokens)
+        else:
+            self._set_price(making, decoding, size)
+            ready = [session for session in ready if not session.alone]
+            for session in [s for s in ready if s.unsent == 1 and s.started][:size]:
+                self._add(making, session, self._most_tokens - making.tokens)
+            self._add_prompts(making, [s for s in ready if s.unsent > 1 or not s.started], decoding)
+        if not making.entries:
+            return False
+        self._send(making)
+        return True
+
+    def _set_price(self, making: _Making, decoding: int, size: int) -> None:
+        """What a pass costs a session, and what a guess costs it more."""
+        full = self.meter.full(decoding)
+        making.pass_s = self.meter.busy_s(size) / size if full else self.meter.trip_s(1)
+        making.token_s = self.meter.token_s(full=full)
+
+    def _add(self, making: _Making, session: Session, most: int) -> None:
+        if most < 1 or len(making.entries) >= MAX_STEPS:
+            return
+        if not session.started:
+            self._start(session, making)
+        if session.unsent > 1:
+            step = session.chunk(most)
+        else:
+            most = min(most - 1, session.most_guesses()) if making.pass_s else 0
+            draft = session.lookup.propose(session.tokens, most, making.pass_s, making.token_s)
+            self.counts.drafted_tokens += len(draft)
+            step = session.next_step(draft)
+        self._turn += 1
+        session.turn = self._turn
+        making.entries.append(Entry(session, step, session.epoch))
+        making.tokens += len(step.tokens)
+
+    def _add_prompts(self, making: _Making, waiting: list[Session], decoding: int) -> None:
+        """Pieces of prompts, each in its turn: a short one does not wait for a long one."""
+        waiting = [session for session in waiting if self._may_start(session)]
+        if not waiting:
+            return
+        most = making.tokens + min(self._piece(making, waiting, decoding), self._most_tokens - making.tokens)
+        for session in waiting:
+            self._add(making, session, most - making.tokens)
+
+    def _piece(self, making: _Making, waiting: list[Session], decoding: int) -> int:
+        """How many tokens of prompts go into this pass."""
+        if not decoding:
+            longest = max(session.unsent for session in waiting)
+            pieces = _PIECES_PER_STAGE * len(self.deployment.plan.stages)
+            return min(max(-(-longest // pieces), 2 * _SHORTEST_CHUNK), _LONGEST_CHUNK)
+        decode_s = self.meter.busy_s(max(making.tokens, 1))
+        slope = self.meter.token_s(full=True)
+        patience_s = max(_PATIENCE * decode_s, _PATIENCE_S)
+        return min(max(int(patience_s / slope) if slope else _LONGEST_CHUNK, _SHORTEST_CHUNK), _LONGEST_CHUNK)
+
+    def _send(self, making: _Making) -> None:
+        entries = making.entries
+        deployment, now_s = self.deployment, self._loop.time()
+        closes, self._closing = tuple(self._closing[:MAX_STEPS]), self._closing[MAX_STEPS:]
+        for source in making.sources:
+            source.in_flight += 1
+        forward = ForwardPass(self, entries, making.sources, self.meter.busy_s(making.tokens), now_s)
+        self.passes.add(forward)
+        self.counts.passes += 1
+        key = RequestKey(deployment.name, deployment.ingress.name, f"{next(self._numbers):x}")
+        request = self._ledger.open(key, deployment, self._deadline_s(entries), forward)
+        request.timer = self._loop.call_at(request.deadline_s, self._ledger.fail, request, _late())
+        request.orders = Orders(tuple(entry.step for entry in entries), tuple(making.forks), closes)
+        ids = np.concatenate([entry.step.tokens for entry in entries]).astype(np.int64)
+        self._pipeline.deliver(request, {PROMPT: ids}, deployment.input_routes, None)
+
+    def _deadline_s(self, entries: list[Entry]) -> float:
+        deadlines = [entry.session.call.deadline_s for entry in entries if entry.session.call is not None]
+        return max(deadlines, default=self._ledger.deadline(0))
+
+    def _close_now(self) -> None:
+        """Nothing is to be sent that could tell the stages."""
+        closes, self._closing = tuple(self._closing[:MAX_STEPS]), self._closing[MAX_STEPS:]
+        self._pipeline.close_sessions(self.deployment, Orders(closes=closes))
+
+    # -------------------------------------------------------------------------------------------------------------- back
+
+    def returned(self, forward: ForwardPass, request: Request) -> None:
+        orders = request.orders
+        self._ledger.end(request)
+        self._retire(forward)
+        sampled = forward.sampled
+        if sampled is None or sampled.shape != (forward.wanted,):
+            got = None if sampled is None else sampled.shape
+            self._excuse(forward, EngineFailure(f"the last stage returned tokens of shape {got}, {forward.wanted} were wanted"))
+            return
+        self.meter.returned(forward.tokens, orders.timings if orders is not None else (), self._loop.time() - forward.sent_s)
+        start = 0
+        for entry in forward.entries:
+            end = start + entry.step.wanted
+            if entry.counts:
+                self._take(entry, sampled[start:end])
+            start = end
+        self.advance()
+
+    def _take(self, entry: Entry, sampled: np.ndarray) -> None:
+        session = entry.session
+        new = session.take(entry.step, sampled)
+        self.counts.new_tokens += len(new)
+        self.counts.accepted_tokens += max(len(new) - 1, 0)
+        session.alone = False
+        if new:
+            self._on_tokens(session, new)
+
+    def failed(self, forward: ForwardPass, error: SplitnetError) -> None:
+        self._retire(forward)
+        self._excuse(forward, error)
+
+    def _retire(self, forward: ForwardPass) -> None:
+        self.passes.discard(forward)
+        for session in (*(entry.session for entry in forward.entries), *forward.sources):
+            session.in_flight -= 1
+
+    def _excuse(self, forward: ForwardPass, error: SplitnetError) -> None:
+        """Each session of the pass is tried by itself; then with caches made anew, as a node may have lost them; then it fails, and only it."""
+        for source in forward.sources:  # a node may have lost it
+            if self.slots.kept.pop(source, False) is not False:
+                self._closing.append(source.handle)
+        counted = [entry for entry in forward.entries if entry.counts]
+        for entry in counted:
+            session = entry.session
+            session.strikes += 1
+            if not isinstance(error, _PERHAPS_ANOTHERS) or session.strikes > _STRIKES:
+                self._on_failed(session, error)
+                continue
+            self._ledger.log.info("a forward pass failed; its sessions are tried one by one", sessions=len(counted), error=error.message)
+            if session.alone and session.held:
+                self._closing.append(session.handle)
+                session.rebuild(self.new_handle())
+            elif session.alone and not isinstance(error, Overloaded):
+                self._on_failed(session, error)
+                continue
+            else:
+                session.again()
+            session.alone = True
+        self._loop.call_later(_AGAIN_S, self.advance)
+
+
+def _precedence(session: Session) -> tuple[int, int]:
+    """The more urgent first, then the one that has waited longer for a place."""
+    return -session.call.priority if session.call is not None else 0, session.turn
+
+
+def _most_tokens(deployment: Deployment) -> int:
+    """Of a pass: its hidden states are one chunk on the wire, so that a pass never overtakes the one before it."""
+    widest = 1
+    for stage in deployment.plan.stages:
+        for spec in stage.outputs:
+            size = 4
+            for dimension in spec.shape:
+                size *= dimension if isinstance(dimension, int) else 1
+            widest = max(widest, size)
+    return max(CHUNK_BYTES // widest, 1)
+
+
+def _late() -> DeadlineExceeded:
+    return DeadlineExceeded("a forward pass did not come back in time", remedy="see `splitnet status` for the slowest stage")
