@@ -10,6 +10,7 @@ import click
 
 from partitioner.options import FILE, Size, check_output, progress_bar
 from splitnet.cluster import Cluster
+from splitnet.errors import BadInput
 from splitnet.plan import NodeRef, Plan
 
 __all__ = ["bench"]
@@ -31,7 +32,8 @@ def bench(
 ) -> None:  # fmt: skip
     """Serve PLAN, send random requests, and put measured figures beside the predicted ones.
 
-    A plan that is not deployed is deployed for as long as this takes, from the folder PLAN.shards beside it.
+    A plan that is not deployed is deployed for as long as this takes, from the folder PLAN.shards beside it. Of a model that generates: the time to the first
+    token, the time per token, and the tokens of all sessions.
 
     \b
     Example: the plan, and each of its nodes alone
@@ -49,6 +51,12 @@ def bench(
     plan = Plan.load(plan_file)
     folder = plan_file.with_suffix(".shards")
     shards = {stage.name: folder / stage.name for stage in plan.stages} if folder.is_dir() else None
+    if plan.generation is not None:
+        for option, given in (("--size", sizes), ("--against", against), ("--output", output)):
+            if given:
+                raise BadInput(f"{option} cannot be had for a model that generates", remedy="leave it away")
+        _bench_generation(plan, name, shards, requests, timeout_s, as_json)
+        return
     nodes: tuple[NodeRef, ...] = ()
     if against:
         nodes = tuple(NodeRef(n.name, n.address) for n in Cluster.load(cluster_file).nodes) if cluster_file else plan.nodes
@@ -72,3 +80,14 @@ def bench(
     click.echo(report_text(plan, report))
     if output:
         click.echo(f"\nwrote {output}")
+
+
+def _bench_generation(plan: Plan, name: str, shards: dict[str, Path] | None, requests: int, timeout_s: float, as_json: bool) -> None:
+    from partitioner.decoders.benching import bench_generation, generation_text
+
+    with progress_bar("generating") as advance:
+        report = bench_generation(plan, deployment=name, shards=shards, requests=requests, timeout_s=timeout_s, on_progress=advance)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(report), indent=1, sort_keys=True))
+        return
+    click.echo(generation_text(plan, report))

@@ -27,7 +27,7 @@ from splitnet.shard import Shard
 from splitnet.sync import Client
 from splitnet.tensors import numpy_dtype
 
-__all__ = ["BenchReport", "bench", "random_inputs"]
+__all__ = ["BenchReport", "bench", "random_inputs", "served"]
 
 _WARM_UP = 3
 _CLIENT_BUDGET_S = 0.5
@@ -67,7 +67,7 @@ def bench(
     wanted = {**known, **(sizes or {})}
     run = _Run(random_inputs(plan, wanted, seed), requests, wanted.get("batch", 1), timeout_s, on_progress, 1 + len(against))
     name = deployment or default_name(plan.model)
-    with _served(plan, name, shards) as temporary:
+    with served(plan, name, shards) as temporary:
         report = run.measure(plan, name, temporary)
     if not against:
         return report
@@ -83,7 +83,7 @@ def bench(
 
 
 @contextlib.contextmanager
-def _served(plan: Plan, name: str, shards: Shards | None) -> Iterator[bool]:
+def served(plan: Plan, name: str, shards: Shards | None) -> Iterator[bool]:
     """Whether the plan had to be deployed for this. It is taken off again at the end, then."""
     there = [node for node in _status(plan) if node.deployment(name) is not None]
     if there:
@@ -154,7 +154,7 @@ class _Run:
         node, name = plan.ingress, f"{default_name(plan.model)[:40]}-alone"
         self._what = f"{node.name} alone"
         try:
-            with _served(plan, name, shards), Client(node.address, deployment=name, timeout_s=self._timeout_s) as client:
+            with served(plan, name, shards), Client(node.address, deployment=name, timeout_s=self._timeout_s) as client:
                 latencies, _ = self._latencies(client, plan, name)
                 return Alone(node.name, float(np.percentile(latencies, 50)), float(np.percentile(latencies, 95)), self._throughput(client))
         except (InsufficientMemory, BadShard, NodeUnavailable) as error:
