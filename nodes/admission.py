@@ -25,6 +25,7 @@ class Admission:
     def __init__(self, limit: int, prediction: Prediction | None = None, joined: int = 1) -> None:
         self.limit = limit
         self.in_flight = 0
+        self.answered = self.unanswered = 0  # since activation
         most = limit + _PIECES
         if prediction is None:
             self.pace = Pace(most, joined=joined)
@@ -58,7 +59,10 @@ class Admission:
         if not self._of_client[client]:
             del self._of_client[client]
         self._refused = 0
-        if service_s is not None:
+        if service_s is None:
+            self.unanswered += 1
+        else:
+            self.answered += 1
             self._service_s += (service_s - self._service_s) * (_WEIGHT if self._service_s else 1.0)
 
     def retry_after_s(self) -> float:

@@ -15,6 +15,7 @@ from nodes.goodput import Goodput
 from nodes.line import Line
 from nodes.link import Link
 from splitnet.batching import BatchAxes
+from splitnet.generations import FIRST, parse_key
 from splitnet.plan import CLIENT, NodeRef, Plan, StageSpec
 from splitnet.tensors import TensorSpec
 
@@ -62,7 +63,8 @@ class Stage:
 
 @dataclass(eq=False)
 class Deployment:
-    """`links`: to every node that this one has something to say to, by the plan's names."""
+    """One generation of a deployment. `name` is its key among the nodes, `family` what clients call it. `links`: to every node that this one has
+    something to say to, by the plan's names."""
 
     name: str
     plan: Plan
@@ -74,8 +76,11 @@ class Deployment:
     draining: bool = False  #: it is being unloaded here
     stopping: set[str] = field(default_factory=set)  #: at the ingress: nodes that were asked to stop and finish what was admitted
     released: asyncio.Event = field(default_factory=asyncio.Event)  #: elsewhere: the ingress needs nothing more of this node
+    gone: asyncio.Event = field(default_factory=asyncio.Event)  #: it has been unloaded here
 
     def __post_init__(self) -> None:
+        self.family, self.generation = parse_key(self.name)
+        self.generation = self.generation or FIRST
         self.ingress = self.plan.ingress
         self.is_ingress = self.node == self.ingress
         self.inputs = {spec.name: spec for spec in self.plan.inputs}

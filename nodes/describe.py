@@ -11,6 +11,7 @@ import psutil
 
 from nodes.deployment import Deployment, Stage
 from nodes.engines import engine_names
+from nodes.family import Family
 from nodes.generation.desk import text_model
 from nodes.installer import Installer
 from nodes.ledger import Ledger
@@ -34,16 +35,18 @@ class Describer:
         self._process = psutil.Process()
         self._machine, self._processors, self._processor = machine_id(), usable_processors(), processor_name()
 
-    def describe(self, deployment: str = "") -> pb.DescribeReply:
-        """`deployment`: only that one; an unknown name is answered with none."""
+    def describe(self, deployment: str = "", *, plans: bool = False) -> pb.DescribeReply:
+        """`deployment`: only that one, or that generation of it; an unknown name is answered with none. `plans`: with their plans."""
         ledger, config = self._ledger, self._ledger.config
-        shown = [d for d in ledger.deployments.values() if deployment in ("", d.name)]
+        shown = [d for d in ledger.deployments.values() if deployment in ("", d.name, d.family)]
+        shown.sort(key=lambda d: ledger.families.state(d) != "active")  # first, for clients that know no generations
+        gone = [f for f in ledger.families if not f.generations and deployment in ("", f.name)]
         return pb.DescribeReply(
             name=config.name,
             version=__version__,
             memory_limit_bytes=config.memory_bytes,
             memory_used_bytes=self._installer.reserved_bytes,
-            deployments=[self._deployment(d) for d in shown],
+            deployments=[self._deployment(d, plans) for d in shown] + [_moved(family) for family in gone],
             links=[_link(link, shown) for link in self._links],
             device="cpu",
             threads=config.threads,
@@ -62,9 +65,13 @@ class Describer:
             processor=self._processor,
         )
 
-    def _deployment(self, d: Deployment) -> pb.DeploymentStatus:
+    def _deployment(self, d: Deployment, plans: bool) -> pb.DeploymentStatus:
+        family = self._ledger.families.get(d.family)
+        state = "active" if family is None else family.state(d.generation)
+        share = family.share if family is not None else 0.0
+        moved = family is not None and family.entered_here and not family.takes_requests
         return pb.DeploymentStatus(
-            name=d.name,
+            name=d.family,
             plan_sha256=d.plan_sha256,
             node=d.node.name,
             ingress=d.is_ingress,
@@ -79,7 +86,15 @@ class Describer:
             max_delay_s=d.plan.batching.max_delay_s,
             microbatch=d.plan.batching.microbatch,
             waiting=len(d.line),
+            generation=d.generation,
+            state=state,
+            share={"active": 1.0 - share, "canary": share}.get(state, 0.0),
+            answered=d.admission.answered,
+            unanswered=d.admission.unanswered,
+            moved_to=family.ingress_address if family is not None and moved else "",
+            plan_json=d.plan.to_json().encode() if plans else b"",
             generating=_generating(d, d.plan.generation) if d.plan.generation is not None and d.is_ingress else None,
+            shards={stage.spec.name: stage.shard for stage in d.stages.values()} if plans else {},
         )
 
 
@@ -102,6 +117,10 @@ def _generating(d: Deployment, generation: Generation) -> pb.GenerationStatus:
         said.sessions, said.kept = len(generator.slots.live), len(generator.slots.kept)
         said.passes_in_flight = len(generator.passes)
     return said
+
+
+def _moved(family: Family) -> pb.DeploymentStatus:
+    return pb.DeploymentStatus(name=family.name, generation=family.active, state="moved", moved_to=family.address)
 
 
 def _stage(s: Stage) -> pb.StageStatus:

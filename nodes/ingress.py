@@ -8,13 +8,12 @@ import re
 
 from nodes.calls import Call
 from nodes.clients import ClientStream
-from nodes.deployment import Deployment
 from nodes.dispatch import Dispatcher
 from nodes.generation.desk import TextDesk
 from nodes.ledger import Ledger
 from nodes.pipeline import Pipeline
 from splitnet.codecs import Buffer
-from splitnet.errors import AlreadyExists, BadInput, DeadlineExceeded, NodeUnavailable, NotFound, ProtocolError, SplitnetError
+from splitnet.errors import AlreadyExists, BadInput, DeadlineExceeded, NodeUnavailable, ProtocolError, SplitnetError
 from splitnet.plan import CLIENT
 from splitnet.rpc.v1 import node_pb2 as pb
 
@@ -77,7 +76,7 @@ class Ingress:
             self._calls.cancel(call, "the client has gone away")
 
     def _admit(self, client: ClientStream, frame: pb.Frame) -> Call:
-        deployment = self._deployment(frame.deployment)
+        deployment = self._ledger.families.enter(frame.deployment)
         if self._ledger.draining or deployment.draining:
             raise NodeUnavailable(
                 "the node is being stopped and takes no new requests", remedy="try again once it has been started and deployed to"
@@ -101,30 +100,6 @@ class Ingress:
             if not link.connected:
                 link.hurry()  # and fail soon, if it cannot be
         return call
-
-    def _deployment(self, name: str) -> Deployment:
-        """The deployment of that name; without a name the only one whose ingress this node is."""
-        deployments = self._ledger.deployments
-        mine = [d for d in deployments.values() if d.is_ingress]
-        if not name and len(mine) == 1:
-            return mine[0]
-        names = ", ".join(d.name for d in mine) or "none"
-        if not name:
-            raise NotFound(
-                f"name a deployment; this node takes requests for: {names}",
-                remedy="deploy a plan whose first stage is here" if not mine else "",
-            )
-        found = deployments.get(name)
-        if found is None:
-            raise NotFound(
-                f"no deployment {name!r} here; this node takes requests for: {names}", remedy="deploy it, or check the name and the address"
-            )
-        if not found.is_ingress:
-            raise NotFound(
-                f"requests for {name!r} go to its first stage's node",
-                remedy=f"connect to {found.ingress.name!r} at {found.ingress.address}",
-            )
-        return found
 
     async def _take_input(self, call: Call, chunk: pb.TensorChunk, payload: Buffer) -> None:
         specs = call.deployment.inputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from nodes.admission import Admission
 from nodes.compute import ComputeThread
@@ -16,6 +16,7 @@ from nodes.engines.choosing import choose_engine
 from nodes.ledger import Ledger
 from nodes.link import Links
 from nodes.memory import give_back
+from nodes.shelf import EngineShelf
 from nodes.store import BlobStore
 from splitnet.errors import (
     AlreadyExists,
@@ -25,9 +26,9 @@ from splitnet.errors import (
     Cancelled,
     InsufficientMemory,
     NodeUnavailable,
-    NotFound,
     SplitnetError,
 )
+from splitnet.generations import FIRST, generation_key, parse_key
 from splitnet.plan import NodeRef, Plan, StageSpec
 from splitnet.shard import Shard
 from splitnet.stage_memory import stage_memory_bytes
@@ -49,50 +50,96 @@ class Installer:
         self._store = store
         self._compute = compute
         self._links = links
+        self._shelf = EngineShelf()
         self._lock = asyncio.Lock()
 
     @property
     def reserved_bytes(self) -> int:
-        return sum(deployment.reserved_bytes for deployment in self._ledger.deployments.values())
+        return sum(deployment.reserved_bytes for deployment in self._ledger.deployments.values()) - self._shelf.saved_bytes
 
-    async def activate(self, name: str, plan_json: bytes, node: str, shards: Mapping[str, str]) -> tuple[Deployment, float]:
-        """The deployment, and how long loading took (0 where it was active already). Nothing is left behind when this raises:
-        BadPlan, BadShard, NotFound (a shard was not shipped), AlreadyExists, InsufficientMemory, NodeUnavailable (draining)."""
+    async def activate(
+        self, name: str, plan_json: bytes, node: str, shards: Mapping[str, str], *, generation: int = 0, wait: bool = False
+    ) -> tuple[Deployment, float]:
+        """The deployment, and how long loading took (0 where it was active already). `wait`: it takes no new calls before `switch`.
+        Nothing is left behind when this raises: BadPlan, BadShard, NotFound (a shard was not shipped), AlreadyExists,
+        InsufficientMemory, NodeUnavailable (draining)."""
         plan = await asyncio.to_thread(Plan.from_json, plan_json)
         own = plan.node(node)
         specs = [stage for stage in plan.stages if stage.node == node]
         if not name or not specs:
             raise BadPlan("the deployment has no name" if not name else f"no stage of the plan is on node {node!r}")
+        if parse_key(name)[1]:
+            raise BadPlan(f"{name!r} is a generation's key, not a deployment's name", remedy="give the name and the generation apart")
+        generation = generation or FIRST
+        key = generation_key(name, generation)
         wanted = {spec.name: _shard_name(spec, shards) for spec in specs}
-        async with self._lock:
-            if self._ledger.draining:
-                raise NodeUnavailable("the node is being stopped", remedy="start it again")
-            if (active := self._ledger.deployments.get(name)) is not None:
-                self._check_same(active, plan, own, wanted)
-                for link in active.links.values():
-                    link.hurry()
-                return active, 0.0
-            return await self._load(name, plan, own, specs, wanted)
+        while True:
+            async with self._lock:
+                active = self._ledger.deployments.get(key)
+                if active is None or not active.draining:
+                    return await self._activate(key, plan, own, specs, wanted, wait)
+            await active.gone.wait()
 
-    async def unload(self, name: str, drain_s: float, delete_blobs: bool) -> int:
-        """Takes no new requests for the deployment, waits up to `drain_s` for those in flight, cancels the rest (how many is
-        returned), and lets go of its engines. Raises NotFound."""
-        async with self._lock:
-            deployment = self._ledger.deployments.get(name)
-            if deployment is None:
-                raise NotFound(f"no deployment {name!r} here", remedy="see `splitnet status` for what is deployed")
-            deployment.draining = True
-            await self._ledger.idle(drain_s, deployment)
-            deployment.released.set()
-            cancelled = self._ledger.fail_all(deployment, lambda: Cancelled(f"deployment {name!r} was unloaded", remedy="deploy it again"))
-            del self._ledger.deployments[name]
+    async def _activate(
+        self, key: str, plan: Plan, own: NodeRef, specs: list[StageSpec], wanted: Mapping[str, str], wait: bool
+    ) -> tuple[Deployment, float]:
+        if self._ledger.draining:
+            raise NodeUnavailable("the node is being stopped", remedy="start it again")
+        families, (name, generation) = self._ledger.families, parse_key(key)
+        if not wait:
+            families.check_serving(name, generation or FIRST)
+        load_s, deployment = 0.0, self._ledger.deployments.get(key)
+        if deployment is None:
+            deployment, load_s = await self._load(key, plan, own, specs, wanted)
+        else:
+            self._check_same(deployment, plan, own, wanted)
             for link in deployment.links.values():
-                await self._links.release(link)
-            await self._compute.call(lambda: deployment.forget_engines())
-            await asyncio.to_thread(give_back)
+                link.hurry()
+        families.add(deployment, wait=wait)
+        return deployment, load_s
+
+    def switch(self, name: str, generation: int, share: float, address: str, *, keep: bool) -> int:
+        """See `Families.switch`."""
+        before = self._ledger.families.switch(name, generation, share, address, keep=keep)
+        self._ledger.recovery.switched(name)
+        self._log.info("switched", deployment=name, before=before, generation=generation, share=share)
+        return before
+
+    async def unload(self, name: str, drain_s: float, delete_blobs: bool, *, generation: int = 0) -> int:
+        """Takes no new requests for the deployment (or for that generation of it), waits up to `drain_s` for those in flight, cancels the
+        rest (how many is returned), and lets go of its engines. Raises NotFound."""
+        leaving = self._ledger.families.held(name, generation)
+        for deployment in leaving:
+            deployment.draining = True
+        until_s = self._ledger.loop.time() + drain_s
+        for deployment in leaving:  # others may be loaded meanwhile
+            await self._ledger.idle(max(until_s - self._ledger.loop.time(), 0.0), deployment)
+        async with self._lock:
+            cancelled = sum([await self._remove(d) for d in leaving if self._ledger.deployments.get(d.name) is d])
+            if not generation:
+                self._ledger.families.forget(name)
             if delete_blobs:
                 await asyncio.to_thread(self._store.delete_unused, self._in_use())
-        self._log.info("unloaded", deployment=name, cancelled=cancelled)
+        self._log.info("unloaded", deployment=generation_key(name, generation), cancelled=cancelled)
+        return cancelled
+
+    async def _remove(self, deployment: Deployment) -> int:
+        deployment.released.set()
+        cancelled = self._ledger.fail_all(
+            deployment, lambda: Cancelled(f"deployment {deployment.name!r} was unloaded", remedy="deploy it again")
+        )
+        self._ledger.families.remove(deployment)
+        for link in deployment.links.values():
+            await self._links.release(link)
+        engines = [_shelf_key(stage.shard, deployment.plan) for stage in deployment.stages.values()]
+
+        def forget() -> None:
+            deployment.forget_engines()
+            self._shelf.give_back(engines)
+
+        await self._compute.call(forget)
+        await asyncio.to_thread(give_back)
+        deployment.gone.set()
         return cancelled
 
     async def release(self, blobs: Sequence[str]) -> int:
@@ -119,13 +166,16 @@ class Installer:
         started = time.perf_counter()
         found = {spec.name: await asyncio.to_thread(self._store.shard, wanted[spec.name]) for spec in specs}
         reserved = {spec.name: _checked(plan, spec, found[spec.name]) for spec in specs}
-        self._check_memory(name, reserved)
+        self._check_memory(name, reserved, {_shelf_key(sha256, plan) for sha256 in wanted.values()})
         engines: dict[str, Engine] = {}
-        for spec in specs:
-            try:
-                engines[spec.name] = await self._compute.call(functools.partial(self._engine, found[spec.name], plan, spec.name))
-            except SplitnetError as error:
-                raise error.at(stage=spec.name) from error.__cause__
+        try:
+            for spec in specs:
+                engines[spec.name] = await self._take_engine(found[spec.name], plan, spec.name)
+        except BaseException:
+            taken = [_shelf_key(wanted[stage], plan) for stage in engines]
+            engines.clear()
+            await asyncio.shield(self._compute.call(lambda: self._shelf.give_back(taken)))
+            raise
         stages = {
             spec.name: Stage(
                 spec, engines[spec.name], wanted[spec.name], {t.name: t for t in spec.inputs}, routes(plan, spec.name), reserved[spec.name]
@@ -136,12 +186,23 @@ class Installer:
             name, plan, plan.sha256, own, stages, Admission(plan.max_in_flight, plan.prediction, plan.batching.max_batch)
         )
         deployment.links = {node.name: self._links.take(own, node) for node in deployment.neighbours()}
-        self._ledger.deployments[name] = deployment
         load_s = time.perf_counter() - started
         self._log.info(
             "activated", deployment=name, stages=sorted(stages), reserved_bytes=deployment.reserved_bytes, load_s=round(load_s, 3)
         )
         return deployment, load_s
+
+    async def _take_engine(self, shard: Shard, plan: Plan, stage: str) -> Engine:
+        """One that is here for this very shard, or a new one."""
+        key = _shelf_key(shard.sha256, plan)
+        engine = self._shelf.take(key)
+        if engine is None:
+            try:
+                engine = await self._compute.call(functools.partial(self._engine, shard, plan, stage))
+            except SplitnetError as error:
+                raise error.at(stage=stage) from error.__cause__
+            self._shelf.put(key, engine, shard.manifest.param_bytes)
+        return engine
 
     def _engine(self, shard: Shard, plan: Plan, stage: str) -> Engine:
         """In the compute thread."""
@@ -157,14 +218,20 @@ class Installer:
         self._log.info("engine chosen", stage=stage, engine=chosen.engine.name, why=chosen.why)
         return chosen.engine
 
-    def _check_memory(self, name: str, reserved: Mapping[str, int]) -> None:
-        limit, used, needed = self._config.memory_bytes, self.reserved_bytes, sum(reserved.values())
+    def _check_memory(self, name: str, reserved: Mapping[str, int], engines: Set[str]) -> None:
+        held = sum(self._shelf.held_bytes(engine) for engine in engines)
+        limit, used, needed = self._config.memory_bytes, self.reserved_bytes, sum(reserved.values()) - held
         if limit and used + needed > limit:
             each = ", ".join(f"{stage}: {size}" for stage, size in reserved.items())
             raise InsufficientMemory(
                 f"{name!r} needs {needed} bytes here ({each}); of the limit of {limit} bytes {used} are taken: {used + needed - limit} bytes are missing",
                 remedy="unload another deployment, raise the node's --memory, or plan with the memory that is left",
             )
+
+
+def _shelf_key(sha256: str, plan: Plan) -> str:
+    """Plans that use a shard in the same way share its engine: caches of decoder models are a part of it."""
+    return sha256 if plan.generation is None else f"{sha256} {plan.generation}"
 
 
 def _shard_name(spec: StageSpec, shards: Mapping[str, str]) -> str:

@@ -10,6 +10,7 @@ from nodes.admission import Buffers
 from nodes.calls import Calls
 from nodes.config import NodeConfig
 from nodes.deployment import Deployment
+from nodes.family import Families
 from nodes.link import Link
 from nodes.logs import Log
 from nodes.requests import Owner, Request, RequestKey, Requests
@@ -23,13 +24,16 @@ class Ledger:
     """Whoever ends a request does it here, once: what it holds on this node is freed at that moment, and the other nodes are told
     (by the ingress) or the ingress is (by the others). To be used in the event loop."""
 
-    forget_sessions: Callable[[Deployment], None]  #: set by the pipeline: the ingress of a decoder model knows none of its sessions any more
+    forget_sessions: Callable[
+        [Deployment], None
+    ]  #: set by the pipeline: the ingress of a decoder model knows none of its sessions any more
 
     def __init__(self, config: NodeConfig, log: Log) -> None:
         self.config = config
         self.log = log
         self.loop = asyncio.get_running_loop()
-        self.deployments: dict[str, Deployment] = {}
+        self.deployments: dict[str, Deployment] = {}  # by their keys
+        self.families = Families(self.deployments)
         self.requests = Requests()
         self.buffers = Buffers(config.buffer_bytes)
         self.calls = Calls(log, self.buffers, self._one_less)

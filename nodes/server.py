@@ -86,7 +86,7 @@ class NodeServer:
     def serve_directly(self, deployment: Deployment) -> None:
         """Serves a deployment that was not shipped here: the node's own measurements."""
         deployment.links = {node.name: self._links.take(deployment.node, node) for node in deployment.neighbours()}
-        self.ledger.deployments[deployment.name] = deployment
+        self.ledger.families.add(deployment)
 
     async def drain(self) -> bool:
         """Takes nothing new, finishes what was admitted, here or at another ingress; False when `drain_s` was not enough."""

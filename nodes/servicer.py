@@ -173,7 +173,7 @@ class Servicer(NodeServicer):
     # ------------------------------------------------------------------------------------------------------------- install
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
-        return self._describer.describe(request.deployment)
+        return self._describer.describe(request.deployment, plans=request.plans)
 
     async def Load(self, request_iterator: AsyncIterator[pb.LoadRequest], context: Context) -> AsyncIterator[pb.LoadReply]:
         try:
@@ -184,15 +184,32 @@ class Servicer(NodeServicer):
 
     async def Activate(self, request: pb.ActivateRequest, context: Context) -> pb.ActivateReply:
         async def act() -> pb.ActivateReply:
-            deployment, load_s = await self._installer.activate(request.deployment, request.plan_json, request.node, dict(request.shards))
+            deployment, load_s = await self._installer.activate(
+                request.deployment,
+                request.plan_json,
+                request.node,
+                dict(request.shards),
+                generation=request.generation,
+                wait=request.wait,
+            )
             return pb.ActivateReply(reserved_bytes=deployment.reserved_bytes, load_s=load_s)
+
+        return await self._guarded(context, act)
+
+    async def Switch(self, request: pb.SwitchRequest, context: Context) -> pb.SwitchReply:
+        async def act() -> pb.SwitchReply:
+            before = self._installer.switch(
+                request.deployment, request.generation, request.share, request.ingress_address, keep=request.keep
+            )
+            return pb.SwitchReply(before=before)
 
         return await self._guarded(context, act)
 
     async def Unload(self, request: pb.UnloadRequest, context: Context) -> pb.UnloadReply:
         async def act() -> pb.UnloadReply:
             drain_s = min(max(request.drain_s, 0.0), self._ledger.config.request_s)
-            return pb.UnloadReply(cancelled=await self._installer.unload(request.deployment, drain_s, request.delete_blobs))
+            cancelled = await self._installer.unload(request.deployment, drain_s, request.delete_blobs, generation=request.generation)
+            return pb.UnloadReply(cancelled=cancelled)
 
         return await self._guarded(context, act)
 

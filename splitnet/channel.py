@@ -136,6 +136,7 @@ def to_failure(error: BaseException, request: str = "") -> pb.Failure:
         retry_after_s=error.retry_after_s,
         kind=type(error).__name__,
         request=(request or error.request)[:64],
+        address=error.address[:100] if isinstance(error, errors.Moved) else "",
     )
 
 
@@ -144,7 +145,7 @@ def from_failure(failure: pb.Failure, request: str = "") -> errors.SplitnetError
     cls = errors.error_class(failure.kind)
     if cls.__name__ != failure.kind:
         cls = _CLASS_OF_CODE.get(failure.code, errors.ServiceError)
-    return cls(
+    error = cls(
         failure.message or "the peer gave no reason",
         remedy=failure.remedy,
         node=failure.node,
@@ -152,6 +153,9 @@ def from_failure(failure: pb.Failure, request: str = "") -> errors.SplitnetError
         request=failure.request or request,
         retry_after_s=failure.retry_after_s if 0 < failure.retry_after_s < 3600 else 0.0,
     )
+    if isinstance(error, errors.Moved):
+        error.address = failure.address
+    return error
 
 
 async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> NoReturn:

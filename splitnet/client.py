@@ -21,7 +21,7 @@ import numpy as np
 
 from splitnet import channel
 from splitnet.deployment import Deployment, Inputs, as_arrays, choose
-from splitnet.errors import BadInput, DeadlineExceeded, Overloaded, SplitnetError
+from splitnet.errors import BadInput, DeadlineExceeded, Moved, Overloaded, SplitnetError
 from splitnet.exchange import HIGHEST_PRIORITY, Exchange
 from splitnet.generation import GenerateRequest, Stop, TextModel, as_prompt
 from splitnet.rpc.v1 import node_pb2 as pb
@@ -31,6 +31,7 @@ from splitnet.token_stream import TokenStream
 __all__ = ["AsyncClient"]
 
 _RETRY_S = 0.05  #: when an overloaded node does not say when to come back
+_MOST_MOVES = 8  #: of one request, from node to node
 _END = object()
 
 
@@ -58,6 +59,7 @@ class AsyncClient:
         self._exchange: Exchange | None = None
         self._connecting = asyncio.Lock()
         self._closed = False
+        self._leaving: set[asyncio.Task[Any]] = set()  # connections to where the requests went before
         self._requests = (f"{secrets.token_hex(8)}-{number}" for number in itertools.count())
 
     # --------------------------------------------------------------------------------------------------------------- requests
@@ -78,7 +80,7 @@ class AsyncClient:
         """
         _check_priority(priority)
         limit_s = self.timeout_s if timeout_s is None else _positive(timeout_s)
-        deadline = time.monotonic() + limit_s
+        deadline, moves = time.monotonic() + limit_s, 0
         async with self._limit(limit_s):
             while True:
                 exchange, deployment = await self._connected()
@@ -90,6 +92,8 @@ class AsyncClient:
                     wait_s = busy.retry_after_s or _RETRY_S
                     if not retry or time.monotonic() + wait_s >= deadline:
                         raise
+                except Moved as moved:
+                    moves, wait_s = await self._follow(moved, exchange, moves), 0.0
                 await asyncio.sleep(wait_s)
 
     async def stream(
@@ -183,7 +187,7 @@ class AsyncClient:
     async def _generate(
         self, prompt: np.ndarray, wanted: GenerateRequest, limit_s: float, retry: bool, priority: int, stream: TokenStream
     ) -> AsyncGenerator[list[int], None]:
-        deadline, came = time.monotonic() + limit_s, False
+        deadline, came, moves = time.monotonic() + limit_s, False, 0
         while True:
             async with self._limit(limit_s, deadline - time.monotonic()):
                 exchange, deployment = await self._connected()
@@ -205,6 +209,8 @@ class AsyncClient:
                 wait_s = busy.retry_after_s or _RETRY_S
                 if not retry or came or time.monotonic() + wait_s >= deadline:
                     raise
+            except Moved as moved:
+                moves, wait_s = await self._follow(moved, exchange, moves), 0.0
             await asyncio.sleep(wait_s)
 
     # ------------------------------------------------------------------------------------------------------------ what is there
@@ -255,6 +261,7 @@ class AsyncClient:
             await self._exchange.close()
         if self._channel is not None:
             await self._channel.close(None)
+        await _cancel(list(self._leaving))
 
     async def __aenter__(self) -> Self:
         try:
@@ -278,10 +285,29 @@ class AsyncClient:
                 self._exchange = Exchange(self._connection(), self.address)
             return self._exchange, self._deployment
 
-    async def _describe(self) -> Deployment:
+    async def _describe(self, moves: int = 0) -> Deployment:
         with channel.translated(self.address):
             reply = await channel.stub(self._connection()).Describe(pb.DescribeRequest())
-        return choose(reply, self._wanted, self.address)
+        try:
+            return choose(reply, self._wanted, self.address)
+        except Moved as moved:
+            self._leave_for(_next_address(moved, moves))
+            return await self._describe(moves + 1)
+
+    async def _follow(self, moved: Moved, exchange: Exchange, moves: int) -> int:
+        """Another plan has taken the place of the one that entered here: goes where it enters. What is under way here is finished here."""
+        address = _next_address(moved, moves)
+        async with self._connecting:
+            if self._exchange is exchange:  # else another request has heard of it before
+                self._leave_for(address)
+        return moves + 1
+
+    def _leave_for(self, address: str) -> None:
+        if self._channel is not None:
+            task = asyncio.create_task(_wind_up(self._exchange, self._channel), name=f"winding up {self.address}")
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+        self.address, self._channel, self._exchange = address, None, None
 
     def _connection(self) -> grpc.aio.Channel:
         if self._channel is None:
@@ -317,6 +343,24 @@ class _Source:
         if self._later is not None:
             return await anext(self._later, _END)
         return next(self._now, _END) if self._now is not None else _END
+
+
+async def _wind_up(exchange: Exchange | None, connection: grpc.aio.Channel) -> None:
+    """Closes them after the last answer."""
+    try:
+        if exchange is not None:
+            await exchange.settled()
+    finally:
+        if exchange is not None:
+            await exchange.close()
+        await connection.close(None)
+
+
+def _next_address(moved: Moved, moves: int) -> str:
+    """Raises `moved` where it leads nowhere."""
+    if not moved.address or moves >= _MOST_MOVES:
+        raise moved
+    return moved.address
 
 
 async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:

@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from splitnet import wire
-from splitnet.errors import BadInput, NodeUnavailable, NotFound, NotPermitted
+from splitnet.errors import BadInput, Moved, NodeUnavailable, NotFound, NotPermitted
 from splitnet.generation import TextModel
+from splitnet.generations import FIRST, generation_key
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.tensors import TensorSpec
 
@@ -40,30 +41,40 @@ class Deployment:
 def choose(reply: pb.DescribeReply, name: str, address: str) -> Deployment:
     """The deployment called `name`; without a name the one whose ingress the node is, if there is exactly one.
 
-    Raises NotFound where there is none or the choice is the caller's, NotPermitted where another node takes the requests, and
-    NodeUnavailable where the node is about to go.
+    Raises NotFound where there is none or the choice is the caller's, NotPermitted where another node takes the requests (Moved where that
+    was not always so), and NodeUnavailable where the node is about to go. `name` may be the key of one generation: NAME@2.
     """
     if reply.draining:
         raise NodeUnavailable(
             f"the node at {address} is draining: it takes no new requests", node=reply.name, remedy="try again once it is back"
         )
-    named = {status.name: status for status in reply.deployments}
+    named: dict[str, pb.DeploymentStatus] = {}
+    for status in reply.deployments:  # the active generation of each stands first
+        named.setdefault(status.name, status)
+    pinned = {generation_key(s.name, s.generation): s for s in reply.deployments if s.generation > FIRST}
     listed = ", ".join(repr(known) for known in sorted(named)) or "none"
     if name:
-        if name not in named:
+        if name not in named and name not in pinned:
             raise NotFound(
                 f"no deployment {name!r} at {address}; it has {listed}",
                 node=reply.name,
                 remedy="name one of these, or run `splitnet deploy`",
             )
-        found = named[name]
+        found = named[name] if name in named else pinned[name]
     else:
         if not named:
             raise NotFound(f"nothing is deployed at {address}", node=reply.name, remedy="run `splitnet deploy plan.json`")
-        entered_here = [status for status in named.values() if status.ingress]
+        entered_here = [status for status in named.values() if status.ingress and not status.moved_to]
         if len(entered_here) > 1 or (not entered_here and len(named) > 1):
             raise NotFound(f"several deployments are at {address}: {listed}", node=reply.name, remedy="say which: deployment=NAME")
         found = entered_here[0] if entered_here else next(iter(named.values()))
+    if found.moved_to and name not in pinned:
+        raise Moved(
+            f"requests for {found.name!r} go to another node now",
+            node=reply.name,
+            address=found.moved_to,
+            remedy=f"connect to {found.moved_to}",
+        )
     if not found.ingress:
         where = found.ingress_address or "the node of the plan's first stage"
         raise NotPermitted(
@@ -72,7 +83,7 @@ def choose(reply: pb.DescribeReply, name: str, address: str) -> Deployment:
             remedy=f"connect to {where}",
         )
     return Deployment(
-        name=found.name,
+        name=name if name in pinned else found.name,
         node=found.node or reply.name,
         address=address,
         model=found.model,

@@ -20,6 +20,7 @@
           |-- DeadlineExceeded     the request's time ran out
           |-- Cancelled            somebody cancelled the request
           |-- NodeUnavailable      a node cannot be reached, or went away
+          |-- Moved                another node takes the requests now; `address` says which
           |-- EngineFailure        the shard's computation failed
           |-- ReferenceLost        a delta frame refers to one that was lost; sending the request again helps
           `-- ProtocolError        a peer sent what the contract does not allow
@@ -30,11 +31,11 @@ An error names the place (node, stage, request), what was expected, what came, a
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 __all__ = [
     "AlreadyExists", "BadCluster", "BadInput", "BadModel", "BadPlan", "BadShard", "Cancelled", "CaptureError", "DeadlineExceeded",
-    "EngineFailure", "InsufficientMemory", "MissingExtra", "NoPlan", "NodeUnavailable", "NotFound", "NotPermitted", "Overloaded",
+    "EngineFailure", "InsufficientMemory", "MissingExtra", "Moved", "NoPlan", "NodeUnavailable", "NotFound", "NotPermitted", "Overloaded",
     "ProtocolError", "ReferenceLost", "ServiceError", "SplitnetError", "StorageFailure", "UserError", "error_class",
 ]  # fmt: skip
 
@@ -153,6 +154,16 @@ class Cancelled(ServiceError):
 
 class NodeUnavailable(ServiceError):
     grpc_code = 14
+
+
+class Moved(ServiceError):
+    """`address`: of the ingress now. The client SDK goes there by itself."""
+
+    grpc_code = 9
+
+    def __init__(self, message: str, *, address: str = "", **place: Any) -> None:
+        super().__init__(message, **place)
+        self.address = address
 
 
 class EngineFailure(ServiceError):

@@ -26,6 +26,7 @@ __all__ = ["HIGHEST_PRIORITY", "Exchange"]
 HIGHEST_PRIORITY = 9
 
 _QUEUED_FRAMES = 4
+_SETTLING_S = 0.02
 _RETURN_S = 0.2  #: how much earlier than the client the node gives up, at most, so that it can still say where the time went
 
 
@@ -104,6 +105,12 @@ class Exchange:
         finally:
             del self._answers[request]
             answer.drop()
+
+    async def settled(self) -> None:
+        """Waits until nothing is under way. Nothing new may be asked then."""
+        while self._answers:
+            await asyncio.wait([answer.done for answer in self._answers.values()])
+            await asyncio.sleep(_SETTLING_S)  # whoever waited for it takes it off
 
     async def close(self) -> None:
         """Ends the stream; what is under way fails as Cancelled. No task is left."""

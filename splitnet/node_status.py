@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from splitnet.batching import Batching
 from splitnet.channel import open_channel, stub, translated
 from splitnet.cluster import Cluster, ClusterNode
 from splitnet.errors import BadPlan, ProtocolError, ServiceError
+from splitnet.generations import FIRST
 from splitnet.plan import NodeRef, Plan
 from splitnet.rpc.v1 import node_pb2 as pb
 
@@ -67,6 +68,10 @@ class CodecInUse:
 
 @dataclass(frozen=True, slots=True)
 class DeploymentStatus:
+    """One generation of a deployment on one node. `state`: "active", "canary" (takes `share` of the new requests), "loaded" (takes none yet),
+    "kept" (to go back to), "draining"; or "moved": it was here, and requests go to `moved_to`. `shards` of this node's stages and `plan_json` are
+    there where they were asked for."""
+
     name: str
     model: str
     plan_sha256: str
@@ -76,6 +81,14 @@ class DeploymentStatus:
     stages: tuple[StageStatus, ...]
     waiting: int = 0  # of those in flight: in line at the ingress
     batching: Batching = field(default_factory=Batching)
+    generation: int = FIRST
+    state: str = "active"
+    share: float = 1.0
+    answered: int = 0  # at the ingress, since activation
+    unanswered: int = 0  # failed, cancelled, or out of time
+    moved_to: str = ""
+    plan_json: str = ""
+    shards: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,28 +114,36 @@ class NodeStatus:
     links: tuple[LinkStatus, ...] = ()
 
     def deployment(self, name: str) -> DeploymentStatus | None:
-        return next((d for d in self.deployments if d.name == name), None)
+        """The generation of that name that takes the requests, or another one that is here."""
+        return next((d for d in self.generations(name) if d.state != "moved"), None)
+
+    def generations(self, name: str) -> tuple[DeploymentStatus, ...]:
+        """All of that name, the active one first, and the word on where it has gone."""
+        return tuple(d for d in self.deployments if d.name == name)
 
 
-async def status_of(nodes: Cluster | Plan | Iterable[NodeRef], *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> list[NodeStatus]:
-    """Asks every node at once. One that cannot be reached, or fails to answer in time, stands in the list with its `error`."""
+async def status_of(
+    nodes: Cluster | Plan | Iterable[NodeRef], *, timeout_s: float = DESCRIBE_TIMEOUT_S, plans: bool = False
+) -> list[NodeStatus]:
+    """Asks every node at once. One that cannot be reached, or fails to answer in time, stands in the list with its `error`. `plans`: also for
+    the plans that it serves."""
     members: Sequence[NodeRef | ClusterNode] = list(nodes.nodes if isinstance(nodes, Cluster | Plan) else nodes)
 
     async def ask(name: str, address: str) -> NodeStatus:
         try:
-            return await describe_node(name, address, timeout_s=timeout_s)
+            return await describe_node(name, address, timeout_s=timeout_s, plans=plans)
         except ServiceError as error:
             return NodeStatus(name, address, error=error.message)
 
     return list(await asyncio.gather(*(ask(member.name, member.address) for member in members)))
 
 
-async def describe_node(name: str, address: str, *, timeout_s: float = DESCRIBE_TIMEOUT_S) -> NodeStatus:
+async def describe_node(name: str, address: str, *, timeout_s: float = DESCRIBE_TIMEOUT_S, plans: bool = False) -> NodeStatus:
     """Raises NodeUnavailable or DeadlineExceeded, with the node's name."""
     try:
         async with open_channel(address) as channel:
             with translated(address):
-                reply = await stub(channel).Describe(pb.DescribeRequest(), timeout=timeout_s)
+                reply = await stub(channel).Describe(pb.DescribeRequest(plans=plans), timeout=timeout_s)
     except ServiceError as error:
         raise error.at(node=name) from None
     return _from_reply(name, address, reply)
@@ -191,6 +212,14 @@ def _deployment(status: pb.DeploymentStatus) -> DeploymentStatus:
         ),
         waiting=status.waiting,
         batching=_batching(status),
+        generation=max(status.generation, FIRST),
+        state=status.state or "active",
+        share=status.share if status.state else 1.0,
+        answered=status.answered,
+        unanswered=status.unanswered,
+        moved_to=status.moved_to,
+        plan_json=status.plan_json.decode(errors="replace"),
+        shards=dict(status.shards),
     )
 
 

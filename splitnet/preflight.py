@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from splitnet.errors import AlreadyExists, BadPlan, InsufficientMemory, NodeUnavailable
@@ -11,7 +11,7 @@ from splitnet.plan import Plan
 from splitnet.shard import Shard, open_shard
 from splitnet.stage_memory import stage_memory_bytes
 
-__all__ = ["check_nodes", "find_shards", "open_shards"]
+__all__ = ["check_nodes", "find_shards", "missing_memory", "open_shards"]
 
 
 def find_shards(plan: Plan, directory: str | Path) -> dict[str, str | Path]:
@@ -76,15 +76,13 @@ def check_nodes(plan: Plan, name: str, shards: Mapping[str, Shard], statuses: Ma
         )
     for node, status in statuses.items():
         held = status.deployment(name)
-        if held is not None and held.plan_sha256 != plan.sha256:
+        if held is not None and (held.plan_sha256 != plan.sha256 or held.state != "active"):
             raise AlreadyExists(
                 f"it already serves another plan under the name {name!r} (model {held.model!r})",
                 node=node,
-                remedy=f"choose another --name, or take that one off first: `splitnet unload {name}`",
+                remedy=f"put this one in its place with --update, choose another --name, or take that one off first: `splitnet unload {name}`",
             )
-        manifests = [shards[stage.name].manifest for stage in plan.stages if stage.node == node]
-        received = {stage.name: sum(t.bytes for t in plan.transfers if t.target == stage.name) for stage in plan.stages}
-        needed = sum(stage_memory_bytes(m.param_bytes, m.activation_bytes, received[m.stage]) for m in manifests)
+        needed = sum(_stage_bytes(plan, shards).get(stage.name, 0) for stage in plan.stages if stage.node == node)
         free = status.memory_limit_bytes - status.memory_used_bytes
         if status.memory_limit_bytes and held is None and needed > free:
             raise InsufficientMemory(
@@ -92,3 +90,37 @@ def check_nodes(plan: Plan, name: str, shards: Mapping[str, Shard], statuses: Ma
                 node=node,
                 remedy="unload another deployment, raise the node's --memory, or plan again with its true limit in the cluster file",
             )
+
+
+def missing_memory(
+    plan: Plan, name: str, shards: Mapping[str, Shard], statuses: Mapping[str, NodeStatus], without: Collection[int] = ()
+) -> dict[str, int]:
+    """By node: the bytes that a node with a limit lacks to hold the plan beside what it holds, once the generations `without` have gone.
+    Weights of shards that it holds already count once. `statuses`: by address, with shards."""
+    needed = _stage_bytes(plan, shards)
+    missing = {}
+    for node in plan.nodes:
+        stages = [stage for stage in plan.stages if stage.node == node.name]
+        status = statuses[node.address] if stages else None
+        if status is None or not status.memory_limit_bytes:
+            continue
+        staying = [d for d in status.deployments if d.name != name or d.generation not in without]
+        if any(d.name == name and d.plan_sha256 == plan.sha256 for d in staying):
+            continue
+        loaded = {sha256 for d in staying for sha256 in d.shards.values()}
+        own = {stage.name: shards[stage.name] for stage in stages}
+        needed_bytes = sum(needed[s] - (shard.manifest.param_bytes if shard.sha256 in loaded else 0) for s, shard in own.items())
+        leaving = [d for d in status.generations(name) if d.generation in without]
+        freed = sum(s.reserved_bytes for d in leaving for s in d.stages if d.shards.get(s.name) not in loaded)
+        lacking = needed_bytes - (status.memory_limit_bytes - status.memory_used_bytes + freed)
+        if lacking > 0:
+            missing[node.name] = lacking
+    return missing
+
+
+def _stage_bytes(plan: Plan, shards: Mapping[str, Shard]) -> dict[str, int]:
+    """What each stage takes of its node."""
+    received = {stage.name: sum(t.bytes for t in plan.transfers if t.target == stage.name) for stage in plan.stages}
+    manifests = {stage: shard.manifest for stage, shard in shards.items()}
+    caches = {stage: plan.generation.cache_bytes(stage) if plan.generation is not None else 0 for stage in manifests}
+    return {stage: stage_memory_bytes(m.param_bytes, m.activation_bytes, received[stage]) + caches[stage] for stage, m in manifests.items()}

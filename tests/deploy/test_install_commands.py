@@ -14,7 +14,8 @@ from chain_model import MakeChain
 from nodes.testing import LocalCluster
 from splitnet import Plan
 from splitnet.cli import run_command
-from splitnet.commands.install import deploy, status, unload
+from splitnet.commands.deploying import deploy
+from splitnet.commands.install import status, unload
 
 Said = tuple[int, str, str]
 
