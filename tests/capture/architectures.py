@@ -10,6 +10,7 @@ import transformers as tf
 
 _WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 _TEXT = {**_WIDE, "vocab_size": 99, "max_position_embeddings": 40}
+_ONE_LAYER = {"num_hidden_layers": 1}  # of those that are much like another one here
 _IMAGE = {"image_size": 32, "patch_size": 8, "num_channels": 3}
 _DECODER = {**_TEXT, "num_key_value_heads": 2, "use_cache": False}
 _SPEECH = {
@@ -59,9 +60,9 @@ Inputs = Callable[[int], dict[str, torch.Tensor]]
 ARCHITECTURES: dict[str, tuple[Callable[[], Any], Inputs]] = {
     # vision
     "vit": (lambda: tf.ViTModel(tf.ViTConfig(**_WIDE, **_IMAGE)), pixels),
-    "deit": (lambda: tf.DeiTModel(tf.DeiTConfig(**_WIDE, **_IMAGE)), pixels),
-    "beit": (lambda: tf.BeitModel(tf.BeitConfig(**_WIDE, **_IMAGE)), pixels),
-    "dinov2": (lambda: tf.Dinov2Model(tf.Dinov2Config(**_WIDE, **_IMAGE)), pixels),
+    "deit": (lambda: tf.DeiTModel(tf.DeiTConfig(**_WIDE | _ONE_LAYER, **_IMAGE)), pixels),
+    "beit": (lambda: tf.BeitModel(tf.BeitConfig(**_WIDE | _ONE_LAYER, **_IMAGE)), pixels),
+    "dinov2": (lambda: tf.Dinov2Model(tf.Dinov2Config(**_WIDE | _ONE_LAYER, **_IMAGE)), pixels),
     "swin": (lambda: tf.SwinModel(tf.SwinConfig(image_size=32, patch_size=2, embed_dim=8, depths=[2, 2], num_heads=[2, 2], window_size=4)), pixels),
     "convnext": (lambda: tf.ConvNextModel(tf.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 2], num_stages=2)), pixels),
     "resnet": (lambda: tf.ResNetModel(tf.ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[2, 2], layer_type="bottleneck")), pixels),
@@ -85,15 +86,15 @@ ARCHITECTURES: dict[str, tuple[Callable[[], Any], Inputs]] = {
     ),
     # text
     "bert": (lambda: tf.BertModel(tf.BertConfig(**_TEXT)), tokens),
-    "roberta": (lambda: tf.RobertaModel(tf.RobertaConfig(**_TEXT)), tokens),
+    "roberta": (lambda: tf.RobertaModel(tf.RobertaConfig(**_TEXT | _ONE_LAYER)), tokens),
     "distilbert": (lambda: tf.DistilBertModel(tf.DistilBertConfig(vocab_size=99, dim=32, n_layers=2, n_heads=4, hidden_dim=48)), tokens),
     "albert": (lambda: tf.AlbertModel(tf.AlbertConfig(**_TEXT, embedding_size=16)), tokens),
-    "electra": (lambda: tf.ElectraModel(tf.ElectraConfig(**_TEXT, embedding_size=16)), tokens),
-    "mpnet": (lambda: tf.MPNetModel(tf.MPNetConfig(**_TEXT)), tokens),
+    "electra": (lambda: tf.ElectraModel(tf.ElectraConfig(**_TEXT | _ONE_LAYER, embedding_size=16)), tokens),
+    "mpnet": (lambda: tf.MPNetModel(tf.MPNetConfig(**_TEXT | _ONE_LAYER)), tokens),
     "deberta_v2": (lambda: tf.DebertaV2Model(tf.DebertaV2Config(**_TEXT, relative_attention=True, pos_att_type=["p2c", "c2p"])), tokens),
     "gpt2": (lambda: tf.GPT2Model(tf.GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=40, use_cache=False)), tokens),
     "llama": (lambda: tf.LlamaModel(tf.LlamaConfig(**_DECODER)), tokens),
-    "qwen2": (lambda: tf.Qwen2Model(tf.Qwen2Config(**_DECODER)), tokens),
+    "qwen2": (lambda: tf.Qwen2Model(tf.Qwen2Config(**_DECODER | _ONE_LAYER)), tokens),
     "qwen3": (lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**_DECODER, head_dim=8, tie_word_embeddings=True)), tokens),
     # audio
     "whisper": (
@@ -106,9 +107,9 @@ ARCHITECTURES: dict[str, tuple[Callable[[], Any], Inputs]] = {
         ), lambda b: {"input_features": torch.randn(b, 8, 40), "decoder_input_ids": torch.randint(3, 99, (b, 4))},
     ),
     "wav2vec2": (lambda: tf.Wav2Vec2Model(tf.Wav2Vec2Config(**_SPEECH, vocab_size=32)), waves),
-    "hubert": (lambda: tf.HubertModel(tf.HubertConfig(**_SPEECH, vocab_size=32)), waves),
+    "hubert": (lambda: tf.HubertModel(tf.HubertConfig(**_SPEECH | _ONE_LAYER, vocab_size=32)), waves),
     "ast": (
-        lambda: tf.ASTModel(tf.ASTConfig(**_WIDE, patch_size=8, num_mel_bins=16, max_length=24, frequency_stride=4, time_stride=4)),
+        lambda: tf.ASTModel(tf.ASTConfig(**_WIDE | _ONE_LAYER, patch_size=8, num_mel_bins=16, max_length=24, frequency_stride=4, time_stride=4)),
         lambda b: {"input_values": torch.randn(b, 24, 16)},
     ),
     # two towers
