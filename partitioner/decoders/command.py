@@ -98,11 +98,16 @@ def _load(source: str) -> DecoderModel:
 def _measure(
     model: DecoderModel, work: Workload, cluster: Cluster | None, wanted: str, threads: int, given: Mapping[str, Any]
 ) -> DecoderProfile:
+    from partitioner.decoders.figures_cache import TimesCache
     from partitioner.decoders.measuring import columns_for, measure_decoder
+    from partitioner.profile_cache import default_directory
 
+    if given.get("real_weights"):
+        raise BadInput("--real-weights cannot be had with --generate: nodes make up weights of the same shapes", remedy="leave it away")
+    cache = None if given["no_cache"] else TimesCache(default_directory(), refresh=given["refresh"])
     with progress_bar("measuring layers") as advance:
         return measure_decoder(
-            model, work, cluster=None if given.get("scale") else cluster, columns=columns_for(wanted), budget_s=given["budget_s"], threads=threads,
+            model, work, cluster=None if given.get("scale") else cluster, columns=columns_for(wanted), budget_s=given["budget_s"], threads=threads, cache=cache,
             on_progress=advance,
         )  # fmt: skip
 

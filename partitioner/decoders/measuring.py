@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from partitioner.decoders.figures import DecoderProfile, Times, Workload
+from partitioner.decoders.figures_cache import TimesCache
 from partitioner.decoders.model import DecoderModel
 from partitioner.decoders.writing import stored_arrays
 from partitioner.demo.boxes import running_nodes
@@ -62,19 +63,21 @@ def measure_decoder(
     columns: Sequence[str] = columns_for("auto"),
     budget_s: float = 5.0,
     threads: int = 1,
+    cache: TimesCache | None = None,
     on_progress: OnProgress | None = None,
 ) -> DecoderProfile:
-    """Times of every vertex on each node of the cluster; without one, on this machine with so many threads. `budget_s`: for each kind of node and column, about. A node that has
+    """Times of every vertex on each node of the cluster; without one, on this machine with so many threads. `budget_s`: for each kind of node and column, about. `cache`: what was measured before. A node that has
     too little memory for it, or not the engine, gets another's times by scaling when a plan is made. Raises NodeUnavailable, and NoPlan where no node could be measured."""
     if cluster is None:
         with running_nodes(["here"], threads=threads) as started:
             here = ClusterNode(HERE, started["here"], threads=threads)
-            return background.run(_profile(model, workload, (here,), columns, budget_s, on_progress))
-    return background.run(_profile(model, workload, cluster.nodes, columns, budget_s, on_progress))
+            return background.run(_profile(model, workload, (here,), columns, budget_s, cache, on_progress))
+    return background.run(_profile(model, workload, cluster.nodes, columns, budget_s, cache, on_progress))
 
 
 async def _profile(
-    model: DecoderModel, workload: Workload, nodes: Sequence[ClusterNode], columns: Sequence[str], budget_s: float, on_progress: OnProgress | None
+    model: DecoderModel, workload: Workload, nodes: Sequence[ClusterNode], columns: Sequence[str], budget_s: float, cache: TimesCache | None,
+    on_progress: OnProgress | None,
 ) -> DecoderProfile:  # fmt: skip
     batches = tuple(sorted({1, workload.sessions}))
     found: dict[str, dict[str, Times]] = {}
@@ -94,8 +97,14 @@ async def _profile(
         for k, column in enumerate(columns):
             if on_progress:
                 on_progress(done * len(columns) + k, len(nodes) * len(columns), f"{column} on {node.name or 'this machine'}")
+            kept = cache.find(model, known, column, workload, batches) if cache else None
+            if kept is not None:
+                own[column] = kept
+                continue
             try:
                 own[column] = await _column(model, known, column, workload, batches, budget_s)
+                if cache:
+                    cache.keep(model, known, column, workload, batches, own[column])
             except (InsufficientMemory, MissingExtra) as error:
                 why = f"node {node.name!r}: {error.message}"
         if own:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,12 @@ import transformers
 from tiny_decoders import save_tiny
 
 from nodes.testing import LocalCluster
+from partitioner.decoders.figures import DecoderProfile, Workload
+from partitioner.decoders.figures_cache import TimesCache
+from partitioner.decoders.model import DecoderModel, load_decoder
+from partitioner.decoders.perplexity import measure_perplexity
 from splitnet.cli import main
+from splitnet.cluster import ClusterNode
 from splitnet.decoder_weights import dequantize, quantize
 from splitnet.plan import Plan
 
@@ -26,7 +32,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A directory with a model, and cluster.toml of two nodes."""
     folder = tmp_path_factory.mktemp("commands")
     save_tiny(folder / "tiny")
-    with LocalCluster(2) as cluster:
+    with pytest.MonkeyPatch.context() as patch, LocalCluster(2) as cluster:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         cluster.cluster().save(folder / "cluster.toml")
         yield folder
 
@@ -37,6 +44,27 @@ def profiled(place: Path) -> Path:
     arguments = ["profile", f"hf:{place / 'tiny'}", "--generate", "--cluster", str(place / "cluster.toml"), "--weights", "float32"]
     assert main([*arguments, *LIMITS, "-o", str(path)]) == 0
     return path
+
+
+def test_what_was_measured_is_kept(place: Path, profiled: Path, llama: DecoderModel) -> None:
+    kept = sorted((place / "cache" / "splitnet" / "profiles").iterdir())
+    assert kept
+    column = "float32/float32"
+    times = DecoderProfile.load(profiled).columns["a"][column]
+    cache, work = TimesCache(place / "kept"), Workload(48, 2, 8, 6, 8)
+    node = ClusterNode("x", "h:1", processor="a chip", reference_s=0.5)
+    cache.keep(llama, node, column, work, (1, 2), times)
+    found = cache.find(llama, replace(node, name="y", reference_s=0.51), column, work, (1, 2))
+    assert found is not None
+    assert (found.prefill, found.decode, found.step_s) == (times.prefill, times.decode, times.step_s)
+    assert "kept from" in found.how
+    for other in (replace(node, processor="another"), replace(node, threads=2), replace(node, reference_s=1.0)):
+        assert cache.find(llama, other, column, work, (1, 2)) is None
+    assert cache.find(llama, node, "float32/int8", work, (1, 2)) is None
+    assert TimesCache(place / "kept", refresh=True).find(llama, node, column, work, (1, 2)) is None
+    for path in (place / "kept").iterdir():
+        path.write_text("{")
+    assert cache.find(llama, node, column, work, (1, 2)) is None
 
 
 def plan(place: Path, profiled: Path, *more: str) -> list[str]:
@@ -103,9 +131,6 @@ def test_perplexity_decides_which_formats_may_be_taken(place: Path, profiled: Pa
 
 
 def test_perplexity_of_weights_in_8_bits(place: Path, profiled: Path) -> None:
-    from partitioner.decoders.model import load_decoder
-    from partitioner.decoders.perplexity import measure_perplexity
-
     data = place / "eight.json"
     data.write_text(json.dumps([int(i) for i in np.random.default_rng(1).integers(3, 96, 60)]))
     found, _ = measure_perplexity(load_decoder(str(place / "tiny")), data, ["int8"], context=32)
