@@ -137,9 +137,9 @@ class DecoderSpec:
 
 def plain_config(document: Mapping[str, Any]) -> dict[str, Any]:
     """Of a config.json (better: of transformers' `config.to_dict()`, where defaults are filled in) what decides the arithmetic. Raises BadModel for an architecture that
-    is not supported."""
+    is not supported. Null stays: it may stand for something else than the default."""
     architecture(document.get("model_type"))
-    return {key: value for key, value in document.items() if key in CONFIG_KEYS and value is not None}
+    return {key: value for key, value in document.items() if key in CONFIG_KEYS}
 
 
 def _fault(message: str) -> NoReturn:
@@ -155,10 +155,11 @@ def _check(spec: DecoderSpec) -> None:
         _fault(f"config.{unknown[0]:.80}: decides nothing that a node computes; leave it out (plain_config does)")
     _check_plain(config, "config", 0)
     for name in _NEEDED:
-        if name not in config:
+        if config.get(name) is None:
             _fault(f"config.{name}: missing")
     for name, most in _LIMITS.items():
-        _whole(config.get(name, 1), f"config.{name}", 1, most)
+        if config.get(name) is not None:
+            _whole(config[name], f"config.{name}", 1, most)
     if (types := config.get("layer_types")) is not None and (not isinstance(types, list) or len(types) != config["num_hidden_layers"]):
         _fault("config.layer_types: expected one text for each layer")
     for name in ("embedding", "head"):

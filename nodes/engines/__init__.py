@@ -36,6 +36,7 @@ ENGINES: Mapping[str, EngineEntry] = {
     "torch-graph": EngineEntry("nodes.engines.torch_graph", "TorchGraphEngine", "graph.json", "torch", "node"),
     "torch-fast": EngineEntry("nodes.engines.torch_fast", "TorchFastEngine", "graph.json", "torch", "node"),
     "onnx": EngineEntry("nodes.engines.onnx_runtime", "OnnxEngine", "graph.onnx", "onnxruntime", "onnx"),
+    "decoder": EngineEntry("nodes.engines.decoder.engine", "DecoderEngine", "decoder.json", "transformers", "decoder"),
 }
 
 

@@ -20,7 +20,8 @@ class StepEngine(Protocol):
     """Called from one thread, the compute thread of its stage. Holds the KV caches of its layers for any number of sessions, within `cache_tokens`
     slots in all; a slot holds one token of one session in all layers of the stage.
 
-    A step that raises has changed no cache: the same steps may come again, or others.
+    A step that raises BadInput or Overloaded has changed nothing. One that raises EngineFailure leaves its sessions at the positions at which the steps began: the same
+    steps may come again.
     """
 
     name: ClassVar[str]  #: as it stands in a shard's manifest

@@ -1,0 +1,49 @@
+"""The memory of sessions: it comes with their tokens, and goes with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nodes.engines.decoder.cache import CacheShape, KVCache
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 200])  # rows that divide a page, and rows that do not
+def test_truncating_keeps_what_stays_and_gives_the_rest_back(head_dim: int):
+    cache = KVCache(CacheShape(2, 3, head_dim, torch.bfloat16), 4000, 4000)
+    session = cache.open(1)
+    assert session.whole.shape[:3] == (2, 2, 3)
+    before = _resident_bytes()
+    cache.resize(session, 3000)
+    session.whole[..., :3000, :] = 1.0
+    written = session.whole[..., :3000, :].numel() * 2
+    assert written * 0.9 < _resident_bytes() - before < written * 1.2 + (1 << 20)
+    cache.resize(session, 700)
+    assert cache.free == 3300
+    assert (session.whole[..., :700, :] == 1.0).all()
+    assert _resident_bytes() - before < written * 0.4 + (1 << 20)
+    assert not session.whole[..., 1500:3000, :].any()  # read as new
+    cache.close(1)
+    del session
+    assert cache.free == 4000
+    assert _resident_bytes() - before < 1 << 20
+
+
+def test_a_session_is_no_longer_than_the_context_or_the_slots():
+    assert KVCache(CacheShape(1, 1, 8, torch.float32), 50, 40).capacity == 40
+    assert KVCache(CacheShape(1, 1, 8, torch.float32), 30, 40).capacity == 30
+
+
+def test_a_stage_without_layers_counts_slots_all_the_same():
+    cache = KVCache(CacheShape(0, 1, 8, torch.float32), 50, 40)
+    cache.resize(cache.open(3), 20)
+    cache.fork(3, 4, 15)
+    assert cache.free == 15
+    assert cache.shape.token_bytes == 0
