@@ -18,6 +18,11 @@ _FADE_S = 0.3  # what is this old counts 1/e
 _NOISE_S = 0.01  # a box that is busy answers this much late
 # Of its whole way, a message that found the link empty was being transmitted for this share at least: the round trip may be wrong.
 _ALONE_SHARE = 0.1
+_ALONE_S, _ALONE = (
+    0.6,
+    16,
+)  # of the latest messages that found the link empty, and of so many, the quickest counts: what makes one late is mostly the box
+_LEAST_ALONE_BYTES = 1 << 13  # of a smaller one the time is hardly the link's
 _SHORTEST_S = 1e-6
 _ASK_BYTES, _ASK_S = 1 << 16, 0.005  # a receipt is asked for: of a message this large, and of smaller ones not more often than this
 _AHEAD_S = 0.06  # how much is handed to the network beyond a round trip: it bridges the pauses of a busy box, and no more is stuck when the link gets slow
@@ -41,6 +46,7 @@ class Goodput:
         self._between_until_s = 0.0
         self._asked_s = -math.inf
         self._arrived_s = -math.inf
+        self._alone: deque[tuple[float, float]] = deque(maxlen=_ALONE)  # when they arrived, and at how many bytes per second
         self._bytes = self._seconds = 0.0
         self._known_s = 0.0
         self._counts = False
@@ -50,6 +56,7 @@ class Goodput:
         self._waiting.clear()
         self.unacknowledged_bytes = 0
         self._between = None
+        self._alone.clear()
         self._arrived_s = -math.inf
         self.round_trip_s = round_trip_s
         self._counts = counts
@@ -83,6 +90,8 @@ class Goodput:
         seconds, alone = self._service_s(message, now_s)
         self._arrived_s = now_s
         known = self._bytes / self._seconds if self._seconds else 0.0
+        if alone:
+            seconds = self._quickest_s(message.size_bytes, seconds, now_s)
         if alone and seconds < _NOISE_S:
             if not known and message.size_bytes < _ASK_BYTES:
                 return  # it says nothing
@@ -115,6 +124,14 @@ class Goodput:
         known = self.bytes_per_s(now_s)
         ahead_bytes = known * (self.round_trip_s + _AHEAD_S) if known else _FIRST_BYTES
         return self.unacknowledged_bytes < max(_AHEAD_BYTES, ahead_bytes)
+
+    def _quickest_s(self, size_bytes: int, seconds: float, now_s: float) -> float:
+        """How long the link needed for this message at most, by what it needed for those before it."""
+        while self._alone and now_s - self._alone[0][0] > _ALONE_S:
+            self._alone.popleft()
+        if size_bytes >= _LEAST_ALONE_BYTES:
+            self._alone.append((now_s, size_bytes / max(seconds, _SHORTEST_S)))
+        return min(seconds, size_bytes / max((rate for _, rate in self._alone), default=_SHORTEST_S))
 
     def _service_s(self, message: _Sent, arrived_s: float) -> tuple[float, bool]:
         """How long the link worked on it, and whether the link was empty before."""

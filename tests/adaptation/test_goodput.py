@@ -97,6 +97,19 @@ def test_late_receipts_of_small_messages_do_not_make_a_link_slow() -> None:
     assert wire.bytes_per_s > before / 2
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_rise_is_seen_through_late_receipts(seed: int) -> None:
+    """A box that gets a quarter of a processor answers up to 20 ms late; a message of 4 ms, now and then, is on a link that was ten times as slow before."""
+    chance = random.Random(seed)
+    wire = Wire(lambda t: 6.25e5 if t < 105.0 else 6.25e6, 0.004, lambda: chance.uniform(0.0, 0.02))
+    wire.busy(105.0, lambda: 27_000, pause_s=0.06)
+    assert wire.bytes_per_s == pytest.approx(6.25e5, rel=0.4)
+    wire.busy(107.0, lambda: 27_000, pause_s=0.06)
+    assert wire.bytes_per_s > 0.4 * 6.25e6
+    wire.busy(110.0, lambda: 27_000, pause_s=0.06)
+    assert 0.4 * 6.25e6 < wire.bytes_per_s < 1.2 * 6.25e6
+
+
 @pytest.mark.parametrize("factor", [0.1, 10.0])
 @pytest.mark.parametrize("pause_s", [0.0, 0.2])
 def test_a_change_is_seen_within_a_second(factor: float, pause_s: float) -> None:
