@@ -1,10 +1,10 @@
 """A full pipeline against what bounds it: the slowest stage alone, and the bytes of each link over its bandwidth.
 
-    python scripts/bench/pipelined.py [--mbit 5 20 100 1000] [--models cnn vit wide] [--codecs raw zstd bf16-zstd adaptive] [--rounds 3]
+    python scripts/bench/pipelined.py [--mbit 5 20 100 1000] [--models cnn vit wide] [--codecs raw zstd bf16-zstd adaptive] [--rounds 1]
 
 Two nodes on the testbed, each with a share of a processor of its own, the client beside the first (its way is not shaped); the model is cut where
-half of its time has passed. In each round, in the same minute: requests one by one, of which the nodes' own counters say what each stage takes alone (its
-engine, decoding and encoding aside); then a full pipeline, whose answers are counted from when it is full until the last request has been sent. The bytes of a link
+half of its time has passed. In each round, in the same minute: each stage alone, deployed by itself on its node, with a client that keeps it busy (a stage that runs now
+and then is quicker: its node has saved up time); then the full pipeline with each codec, whose answers are counted while it is full. The bytes of a link
 are its counters' (payloads after the codec; frames and HTTP/2 come on top and count against the pipeline); its rate is what the relay was seen to
 let through before, when nothing but bytes was sent. The bound is the smaller of the two rates, the ratio is the median of the rounds' own.
 
@@ -15,12 +15,14 @@ out of little, and is bounded by the link at every bandwidth. Aim: at least 0.9.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,17 +39,18 @@ import partitioner
 import splitnet
 from partitioner.benching import random_inputs
 from partitioner.graph import ModelGraph
+from splitnet.cluster import Cluster
 from splitnet.explain import bytes_text, seconds_text, table
-from splitnet.node_status import NodeStatus
-from splitnet.plan import Plan
+from splitnet.plan import CLIENT, OutputSpec, Plan, StageSpec, Transfer
+from splitnet.shard import Shard
 
 AIM = 0.9
 ADAPTIVE = "adaptive"
 NAME = "pipelined"
-_ALONE = 8  # requests one by one, per round
-_WARM_UP = 12  # requests before the first round: the nodes learn how many fill the pipeline
-_SPAN_S, _FEWEST, _MOST = 4.0, 12, 300  # of a full pipeline, per round
-_BYTES_PER_MBIT = 1e6 / 8
+_WARM_UP, _ALONE = 12, 6  # requests before it counts, at once and one by one: the nodes learn how many fill the pipeline
+_SPAN_S, _FEWEST = 3.0, 24  # of a full pipeline
+
+Inputs = Mapping[str, np.ndarray]
 
 
 class Wide(torch.nn.Module):
@@ -59,24 +62,6 @@ class Wide(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.tanh(x.unsqueeze(-1) * self.weight).mean(-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Count:
-    """What the nodes have counted so far."""
-
-    stage_s: Mapping[str, float]
-    runs: Mapping[str, int]
-    link_bytes: Mapping[str, int]
-
-    @classmethod
-    def of(cls, nodes: Sequence[NodeStatus]) -> Count:
-        stages = [stage for node in nodes for d in node.deployments if d.name == NAME for stage in d.stages]
-        return cls(
-            {stage.name: stage.compute_s for stage in stages},
-            {stage.name: stage.requests for stage in stages},
-            {f"{node.name}->{link.target}": link.sent_bytes for node in nodes for link in node.links},
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +88,10 @@ def loaded(kind: str) -> ModelGraph:
     return partitioner.capture(Wide().eval(), (torch.randn(1, 1024),), name="wide")
 
 
-def cut_of(model: ModelGraph, subject: Subject) -> str:
+def cut_of(subject: Subject) -> str:
     """Where half of the time has passed, at a place that few bytes cross; for `wide` where the most do."""
     vertices = subject.profile.structure.vertices
-    if model.name == "wide":
+    if subject.model.name == "wide":
         return next(vertex.name for vertex in vertices if "mean" in vertex.op)
     elapsed = list(itertools.accumulate(subject.profile.columns[""].seconds))
     return next(v.name for i, v in enumerate(vertices) if elapsed[i] >= 0.5 * elapsed[-1] and not v.cheap)
@@ -126,36 +111,89 @@ def with_codec(plan: Plan, codec: str) -> Plan:
     )
 
 
-def measured_round(plan: Plan, client: splitnet.Client, inputs: Mapping[str, np.ndarray], rates: Mapping[str, float]) -> Round:
-    before = Count.of(splitnet.status(plan))
-    started = time.perf_counter()
-    for _ in range(_ALONE):
-        client.infer(inputs)
-    each_s = (time.perf_counter() - started) / _ALONE
-    after = Count.of(splitnet.status(plan))
-    slowest_s = max((after.stage_s[name] - before.stage_s[name]) / (after.runs[name] - before.runs[name]) for name in after.runs)
-    count = min(max(int(2 * _SPAN_S / each_s), _FEWEST), _MOST)
-    filled = client.max_in_flight
-    arrivals = []
-    for _ in client.stream(itertools.repeat(inputs, filled + count)):
-        arrivals.append(time.perf_counter())
-    full = Count.of(splitnet.status(plan))
-    sent = {link: (size - after.link_bytes.get(link, 0)) / (filled + count) for link, size in full.link_bytes.items()}
-    return Round(
-        slowest_s,
-        max(size / rates[link] for link, size in sent.items()),
-        round(max(sent.values())),
-        (count - 1) / (arrivals[count - 1 + filled // 2] - arrivals[filled // 2]),
-    )
+def alone(plan: Plan, stage: StageSpec) -> Plan:
+    """That stage and no other, on its node, between the client and the client."""
+    outputs = tuple(OutputSpec(spec.name, spec) for spec in stage.outputs)
+    there = Transfer(CLIENT, stage.name, tuple(spec.name for spec in stage.inputs))
+    back = Transfer(stage.name, CLIENT, tuple(spec.name for spec in stage.outputs))
+    node = plan.node(stage.node)
+    return dataclasses.replace(plan, nodes=(node,), stages=(stage,), transfers=(there, back), inputs=stage.inputs, outputs=outputs)
 
 
-def run(subject: Subject, plan: Plan, rates: Mapping[str, float], rounds: int) -> list[Round]:
+@contextlib.contextmanager
+def served(bed: Testbed, plan: Plan, shards: Mapping[str, Shard], name: str) -> Iterator[tuple[splitnet.Client, Inputs]]:
+    """Deployed and warm, with inputs for it."""
     assert plan.prediction is not None
     inputs = random_inputs(plan, {**plan.prediction.symbols, "batch": plan.prediction.batch})
-    with subject.deployed(plan, NAME, fixed=False) as served, splitnet.Client(served.ingress.address, NAME, timeout_s=120) as client:
-        for _ in client.stream(itertools.repeat(inputs, _WARM_UP)):
-            pass
-        return [measured_round(served, client, inputs, rates) for _ in range(rounds)]
+    plan = plan.with_shards({stage: shard.sha256 for stage, shard in shards.items()})
+    with bed.free_for_clients():
+        splitnet.deploy(plan, shards, name=name)
+    try:
+        with splitnet.Client(plan.ingress.address, name, timeout_s=120) as client:
+            for _ in client.stream(itertools.repeat(inputs, _WARM_UP)):
+                pass
+            for _ in range(_ALONE):
+                client.infer(inputs)  # the nodes see how long one takes with nobody else there
+            yield client, inputs
+    finally:
+        splitnet.undeploy(plan, name)
+
+
+def full(client: splitnet.Client, inputs: Inputs, span_s: float) -> tuple[float, int]:
+    """Answers per second while the pipeline is full, and how many requests were sent in all."""
+    filled, arrivals, first_s = client.max_in_flight, list[float](), time.perf_counter()
+
+    def given() -> Iterator[Inputs]:
+        while len(arrivals) < _FEWEST or time.perf_counter() - first_s < span_s:
+            yield inputs
+
+    for _ in client.stream(given()):
+        arrivals.append(time.perf_counter())
+    steady = arrivals[min(filled, len(arrivals) // 4) : len(arrivals) - min(filled, len(arrivals) // 4)]
+    return (len(steady) - 1) / (steady[-1] - steady[0]), len(arrivals)
+
+
+def stages_alone(bed: Testbed, plan: Plan, shards: Mapping[str, Shard]) -> float:
+    """Seconds per request of the slowest stage, when it has its node's whole share for as long as it wants."""
+    slowest_s = 0.0
+    for stage in plan.stages:
+        with served(bed, alone(plan, stage), {stage.name: shards[stage.name]}, f"{NAME}-{stage.name}") as (client, inputs):
+            slowest_s = max(slowest_s, 1 / full(client, inputs, _SPAN_S / 2)[0])
+    return slowest_s
+
+
+def measured(plan: Plan, slowest_s: float, client: splitnet.Client, inputs: Inputs, bytes_per_s: float) -> Round:
+    def sent() -> dict[str, int]:
+        return {f"{node.name}->{link.target}": link.sent_bytes for node in splitnet.status(plan) for link in node.links}
+
+    before = sent()
+    per_s, count = full(client, inputs, _SPAN_S)
+    most = max(size - before.get(link, 0) for link, size in sent().items()) / count
+    return Round(slowest_s, most / bytes_per_s, round(most), per_s)
+
+
+def rounds_of(
+    subject: Subject, cluster: Cluster, shapes: Mapping[float, BedSpec], rates: Mapping[float, float], codecs: Sequence[str], rounds: int
+) -> dict[tuple[float, str], list[Round]]:
+    """By Mbit/s and codec. The stages alone before and after each round: of two figures the quicker, which is what the machine could do."""
+    bed, found = subject.bed, dict[tuple[float, str], list[Round]]()
+    plans = {}
+    for mbit, spec in shapes.items():
+        known = dataclasses.replace(cluster, links=spec.cluster(bed.addresses).links)  # the links as configured, the nodes as measured
+        plans[mbit] = subject.cut_at(known, [cut_of(subject)], ["a", "b"])
+    some = next(iter(plans.values()))
+    with tempfile.TemporaryDirectory(prefix="splitnet-pipelined-") as folder:
+        shards = partitioner.cut(subject.model, some, folder)
+        for _ in range(rounds):
+            before_s, seen = stages_alone(bed, some, shards), dict[tuple[float, str], Round]()
+            for (mbit, plan), codec in itertools.product(plans.items(), codecs):
+                bed.reshape(shapes[mbit])
+                with served(bed, with_codec(plan, codec), shards, NAME) as (client, inputs):
+                    seen[mbit, codec] = measured(plan, before_s, client, inputs, rates[mbit])
+            slowest_s = min(before_s, stages_alone(bed, some, shards))
+            for case, one in seen.items():
+                found.setdefault(case, []).append(dataclasses.replace(one, slowest_s=slowest_s))
+    return found
 
 
 def main() -> None:
@@ -164,7 +202,7 @@ def main() -> None:
     parser.add_argument("--latency-ms", type=float, default=2.0, help="one way")
     parser.add_argument("--models", nargs="+", default=["cnn", "vit", "wide"], choices=("cnn", "vit", "bert", "wide"))
     parser.add_argument("--codecs", nargs="+", default=["raw", "bf16-zstd", ADAPTIVE])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--cpu", type=float, default=0.75, help="each node's share of a processor")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -178,27 +216,22 @@ def main() -> None:
         exact = measure_exactness(bed.relay, [spec.default for spec in shapes.values()])
         print(exact.text(), flush=True)
         rate_of = {check.shape: min(check.bandwidth_bytes_per_s, check.shape.bandwidth_bytes_per_s) for check in exact.checks}
+        rates = {mbit: rate_of[spec.default] for mbit, spec in shapes.items()}
         for kind in arguments.models:
-            model = loaded(kind)
             bed.reshape(shapes[arguments.mbit[-1]])
-            subject = Subject.measure(bed, model, probed(bed, 0.3), 1.0)
-            for mbit, spec in shapes.items():
-                bed.reshape(spec)
-                rates = dict.fromkeys(("a->b", "b->a"), rate_of[spec.default])
-                planned = subject.cut_at(spec.cluster(bed.addresses), [cut_of(model, subject)], ["a", "b"])
-                for codec in arguments.codecs:
-                    found = run(subject, with_codec(planned, codec), rates, arguments.rounds)
-                    ratio = statistics.median(r.ratio for r in found)
-                    ratios.append(ratio)
-                    middle = sorted(found, key=lambda r: r.ratio)[len(found) // 2]
-                    bound = "stage" if middle.slowest_s > middle.link_s else "link"
-                    rows.append(
-                        (
-                            kind, f"{mbit:g} Mbit/s", codec, bytes_text(middle.request_bytes), seconds_text(middle.slowest_s), seconds_text(middle.link_s), bound,
-                            f"{middle.per_s:.2f}/s", f"{ratio:.3f}", " ".join(f"{r.ratio:.2f}" for r in found),
-                        )
-                    )  # fmt: skip
-                    print("  ".join(rows[-1]), flush=True)
+            cluster = probed(bed, 0.5)
+            subject = Subject.measure(bed, loaded(kind), cluster, 1.0)
+            for (mbit, codec), found in rounds_of(subject, cluster, shapes, rates, arguments.codecs, arguments.rounds).items():
+                ratios.append(statistics.median(r.ratio for r in found))
+                middle = sorted(found, key=lambda r: r.ratio)[len(found) // 2]
+                bound = "stage" if middle.slowest_s > middle.link_s else "link"
+                rows.append(
+                    (
+                        kind, f"{mbit:g} Mbit/s", codec, bytes_text(middle.request_bytes), seconds_text(middle.slowest_s), seconds_text(middle.link_s), bound,
+                        f"{middle.per_s:.2f}/s", f"{ratios[-1]:.3f}", " ".join(f"{r.ratio:.2f}" for r in found),
+                    )
+                )  # fmt: skip
+                print("  ".join(rows[-1]), flush=True)
     print("\n" + "\n".join(table(rows)))
     print(
         f"\nleast {min(ratios):.3f}, median {statistics.median(ratios):.3f} (aim {AIM}); {sum(r < AIM for r in ratios)} of {len(ratios)} below it"
