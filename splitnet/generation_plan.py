@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 
 from splitnet.errors import BadPlan
 
-__all__ = ["Expected", "Generation"]
+__all__ = ["LONGEST_CHUNK", "Expected", "Generation", "chunk_of"]
+
+LONGEST_CHUNK = 256  #: tokens of a prompt in one pass, at most
+_SHORTEST_CHUNK = 32
+_PIECES_PER_STAGE = 6
+
+
+def chunk_of(prompt_tokens: int, stages: int) -> int:
+    """In chunks of how many tokens the nodes compute a prompt that is alone: so many that all stages are busy most of the time, none too small to be worth a pass."""
+    return min(max(-(-prompt_tokens // (_PIECES_PER_STAGE * stages)), _SHORTEST_CHUNK), LONGEST_CHUNK, prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from partitioner.solvers.problem import Floats
 from splitnet.cluster import Cluster, ClusterNode
 from splitnet.codecs import codec_names, get_codec
 from splitnet.errors import BadInput
+from splitnet.generation_plan import LONGEST_CHUNK, chunk_of
 from splitnet.stage_memory import stage_memory_bytes
 from splitnet.tensors import DTYPES
 
@@ -71,10 +72,12 @@ class Setting:
     def machines(self) -> tuple[Machine, ...]:
         return machines(self.cluster)
 
-    @property
-    def prefill(self) -> Pass:
-        """A chunk of which the first token is wanted."""
-        return Pass(min(self.workload.chunk_tokens, self.workload.prompt_tokens), 1, decode=False)
+    def prefill(self, stages: int) -> Pass:
+        """A chunk of a prompt, as nodes divide it for so many stages; of one of them the first token is wanted."""
+        return Pass(chunk_of(self.workload.prompt_tokens, stages), 1, decode=False)
+
+    def chunks(self, stages: int) -> int:
+        return math.ceil(self.workload.prompt_tokens / self.prefill(stages).tokens)
 
     def decode(self, batch: int) -> Pass:
         return Pass(batch, batch, decode=True)
@@ -92,8 +95,8 @@ class Setting:
             for f, form in enumerate(self.formats):
                 times = column.get(f"{self.dtype}/{form}")
                 if times is not None:
-                    chunk = np.asarray(times.prefill) * (one.tokens / self.profile.chunk_tokens)
-                    vertices[i, f] = (self.profile.decode(times, one.tokens) if one.decode else chunk) * self._slow[i]
+                    seconds = self.profile.decode(times, one.tokens) if one.decode else self.profile.chunk(times, one.tokens)
+                    vertices[i, f] = seconds * self._slow[i]
         spent = overheads(self.nodes, goal, self.machines, 12.0 * one.answers)
         rows = [spent.get(name, Overhead()) for name in self.names]
         stage, message, request = (
@@ -135,13 +138,18 @@ class Setting:
         """Codecs for links of which no wish speaks."""
         return tuple(c for c in self.codecs if get_codec(c).lossless or (get_codec(c).default and not self.lossless))
 
-    def chain(self, latency: Costs, pace: Costs) -> Chain:
+    @property
+    def counts(self) -> frozenset[int]:
+        """How many stages there may be."""
+        return frozenset(self.stages) if self.at is None else frozenset([len(self.at) + 1])
+
+    def chain(self, latency: Costs, pace: Costs, stages: int | None = None) -> Chain:
+        """`stages`: with so many only."""
         n = len(self.nodes)
         place = {name: i for i, name in enumerate(self.names)}
         firsts = frozenset([place[self.wishes.input_at]]) if self.wishes.input_at else frozenset(range(n))
         lasts = frozenset([place[self.wishes.output_at]]) if self.wishes.output_at else frozenset(range(n))
-        counts = frozenset(self.stages) if self.at is None else frozenset([len(self.at) + 1])
-        return Chain(latency, pace, self.fits, firsts, lasts, counts)
+        return Chain(latency, pace, self.fits, firsts, lasts, self.counts if stages is None else frozenset([stages]))
 
     @functools.cached_property
     def fits(self) -> np.ndarray:
@@ -199,15 +207,20 @@ class Setting:
             self.model.param_bytes(a, b, form, self.dtype) + self.cache_bytes(a, b), self.activation_bytes(a, b), self.received_bytes(a)
         )
 
+    @property
+    def widest(self) -> int:
+        """Tokens of the largest pass that memory is kept for."""
+        return min(LONGEST_CHUNK, self.workload.context_length)
+
     def cache_bytes(self, a: int, b: int) -> int:
         return self.model.kv_bytes(a, b, self.dtype) * self.workload.context_length * self.workload.sessions
 
     def activation_bytes(self, a: int, b: int) -> int:
-        return self.model.working_bytes(a, b, chunk=self.workload.chunk_tokens, batch=self.workload.sessions, dtype=self.dtype)
+        return self.model.working_bytes(a, b, chunk=self.widest, batch=self.workload.sessions, dtype=self.dtype)
 
     def received_bytes(self, a: int) -> int:
         """What a chunk of a prompt brings to a stage that begins there."""
-        return self.workload.chunk_tokens * (self.model.hidden_size * DTYPES[self.dtype].itemsize if a else 8)
+        return self.widest * (self.model.hidden_size * DTYPES[self.dtype].itemsize if a else 8)
 
     def busy(self, seconds: Mapping[str, float], bottleneck_s: float) -> tuple[float, str]:
         """The bottleneck when nodes share the cores of a machine, and which that is ("" : not one)."""

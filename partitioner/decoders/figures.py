@@ -26,8 +26,8 @@ _KIND = "decoder"
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What a model is measured and planned for: sessions of `context_length` tokens, `sessions` at once, prompts of `prompt_tokens` computed in chunks of
-    `chunk_tokens`, answers of `answer_tokens`. Raises BadModel for what does not fit together."""
+    """What a model is measured and planned for: sessions of `context_length` tokens, `sessions` at once, prompts of `prompt_tokens`, answers of
+    `answer_tokens`. Chunks of `chunk_tokens` are measured. Raises BadModel for what does not fit together."""
 
     context_length: int
     sessions: int
@@ -49,10 +49,6 @@ class Workload:
     def cached_tokens(self) -> int:
         """In the cache before a step, on average over a session of this workload: what a step is measured with."""
         return max(1, min(self.prompt_tokens + self.answer_tokens // 2, self.context_length - 1))
-
-    @property
-    def chunks(self) -> int:
-        return math.ceil(self.prompt_tokens / self.chunk_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +105,13 @@ class DecoderProfile:
         ratio = node.reference_s / self.reference_s[nearest]
         how = f"scaled by the reference kernel: {ratio:.3g}x of {nearest or 'this machine'!r}"
         return {form: times.scaled(ratio, how) for form, times in self.columns[nearest].items()}
+
+    def chunk(self, times: Times, tokens: int) -> Floats:
+        """Of a chunk of a prompt of so many tokens: on a straight line through a step of one token and the chunk that was measured."""
+        one, whole = np.asarray(times.decode[0]), np.asarray(times.prefill)
+        if self.chunk_tokens == 1:
+            return np.asarray(whole * tokens)
+        return np.asarray(np.maximum(one + (whole - one) * (tokens - 1) / (self.chunk_tokens - 1), 0.0))
 
     def decode(self, times: Times, batch: int) -> Floats:
         """Of a step of so many sessions: between measured batches on a straight line, and on with its slope."""

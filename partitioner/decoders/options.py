@@ -26,7 +26,7 @@ _OPTIONS = (
     ),
     click.option("--prompt-tokens", type=_WHOLE, help=f"With --generate: the prompt that predictions are for.  [default: {_DEFAULTS['prompt_tokens']}, at most half the context]"),
     click.option("--answer-tokens", type=_WHOLE, help=f"With --generate: the answer that predictions are for.  [default: {_DEFAULTS['answer_tokens']}, at most a quarter of the context]"),
-    click.option("--chunk-tokens", type=_WHOLE, help=f"With --generate: prompts are computed in chunks of so many tokens.  [default: {_DEFAULTS['chunk_tokens']}]"),
+    click.option("--chunk-tokens", type=_WHOLE, help=f"With --generate: chunks of a prompt of so many tokens are measured; others are reckoned from it.  [default: {_DEFAULTS['chunk_tokens']}]"),
 )  # fmt: skip
 _NAMES = ("context", "sessions", "weights", "prompt_tokens", "answer_tokens", "chunk_tokens")
 

@@ -40,7 +40,7 @@ def make_plan(choice: Choice, objective: str, weights: Weights) -> Plan:
     stages = tuple(_stage(setting, chain_plan, k, name) for k, name in enumerate(names))
     expected, bottleneck, paced = _expected(setting, chain_plan)
     ids, tokens = TensorSpec("input_ids", "int64", ("tokens",)), TensorSpec("tokens", "int32", ("tokens",))
-    hidden = work.chunk_tokens * model.hidden_size * DTYPES[setting.dtype].itemsize
+    hidden = setting.widest * model.hidden_size * DTYPES[setting.dtype].itemsize
     inner = [
         Transfer(a, b, ("hidden_states",), setting.codecs[c], hidden) for a, b, c in zip(names, names[1:], chain_plan.codecs, strict=False)
     ]
@@ -54,7 +54,7 @@ def make_plan(choice: Choice, objective: str, weights: Weights) -> Plan:
         nodes=tuple(NodeRef(setting.nodes[n].name, setting.nodes[n].address) for n in chain_plan.order),
         stages=stages,
         transfers=(
-            Transfer(CLIENT, names[0], ("input_ids",), bytes=8 * work.chunk_tokens),
+            Transfer(CLIENT, names[0], ("input_ids",), bytes=8 * setting.widest),
             *inner,
             Transfer(names[-1], CLIENT, ("tokens",), bytes=4),
         ),
@@ -132,7 +132,8 @@ def _priced(setting: Setting, plan: ChainPlan, one: Pass) -> tuple[ChainPlan, st
 def _expected(setting: Setting, plan: ChainPlan) -> tuple[Expected, str, str]:
     """What is predicted of it, what its bottleneck is, and a remark."""
     work = setting.workload
-    chunk, _ = _priced(setting, plan, setting.prefill)
+    stages = len(plan.order)
+    chunk, _ = _priced(setting, plan, setting.prefill(stages))
     step, _ = _priced(setting, plan, setting.decode(1))
     rates: dict[int, tuple[float, str]] = {}
     for batch in batches(work.sessions):
@@ -140,8 +141,8 @@ def _expected(setting: Setting, plan: ChainPlan) -> tuple[Expected, str, str]:
         rates[batch] = work.sessions / max(several.latency_s, math.ceil(work.sessions / batch) * several.bottleneck_s, 1e-9), name
     batch = max(rates, key=lambda b: rates[b][0])
     expected = Expected(
-        work.prompt_tokens, work.chunk_tokens, work.answer_tokens, work.sessions, batch,
-        ttft_s=chunk.latency_s + (work.chunks - 1) * chunk.bottleneck_s, tpot_s=step.latency_s, tokens_per_s=rates[batch][0],
+        work.prompt_tokens, setting.prefill(stages).tokens, work.answer_tokens, work.sessions, batch,
+        ttft_s=chunk.latency_s + (setting.chunks(stages) - 1) * chunk.bottleneck_s, tpot_s=step.latency_s, tokens_per_s=rates[batch][0],
     )  # fmt: skip
     return expected, rates[batch][1], ""
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from partitioner.asked import Asked, check_asked
-from partitioner.decoders.chain import Chain, ChainPlan, Found, best_chain, price
+from partitioner.decoders.chain import Chain, ChainPlan, Costs, Found, best_chain, price
 from partitioner.decoders.costs import Setting
 from partitioner.decoders.figures import DecoderProfile, Workload
 from partitioner.decoders.lacking import why_nothing_fits
@@ -24,6 +24,7 @@ __all__ = ["OBJECTIVES", "plan_decoder"]
 
 #: What to make best: the time to the first token, the time per token after it, the tokens of all sessions per second, the time of a whole answer.
 OBJECTIVES = ("ttft", "tpot", "throughput", "latency")
+_Score: TypeAlias = Callable[[float, float], float]
 _MOST_NODES = 10  # that are planned over: the exact search doubles with each
 _COARSER_GAIN = 0.01  # by how much rounding to bfloat16 must make a plan better to be chosen over float32
 
@@ -121,46 +122,72 @@ def _worth(profile: DecoderProfile, node: ClusterNode, column: str, beforehand: 
 
 
 def _best(setting: Setting, objective: str, margin: float) -> Choice | None:
-    found: Choice | None = None
-    for batch in batches(setting.workload.sessions) if objective == "throughput" else (1,):
-        chain, score = _question(setting, objective, batch)
+    """None where nothing fits."""
+    found: list[tuple[Found, int, Chain]] = []
+    score: _Score = max
+    alone: tuple[ChainPlan | None, ...] = (None,) * len(setting.nodes)
+    alone_s = math.inf
+    for batch, stages in _cases(setting, objective):
+        chain, score = _question(setting, objective, batch, stages)
+        if stages in (None, 1):
+            plans = _alone(chain)
+            least = min((score(one.latency_s, one.bottleneck_s) for one in plans if one is not None), default=math.inf)
+            if least < alone_s:
+                alone, alone_s = plans, least
         best = best_chain(chain, score)
-        if best is None:
-            return None
-        alone, note = _alone(chain), ""
-        if len(best.plan.order) > 1 and 1 in chain.counts:
-            able = [(score(one.latency_s, one.bottleneck_s), one) for one in alone if one is not None]
-            least, one = min(able, key=lambda pair: pair[0], default=(math.inf, best.plan))
-            if math.isfinite(least) and not worth_splitting(best.score, least, margin):
-                note = why_alone(setting.names[one.order[0]], best.score, least, margin)
-                best = Found(one, least, best.bound)
-        if found is None or best.score < found.found.score:
-            found = Choice(setting, best, batch, alone, note)
-    return found
+        if best is not None:
+            found.append((best, batch, chain))
+    if not found:
+        return None
+    best, batch, _ = min(found, key=lambda each: each[0].score)
+    best = replace(best, bound=min(each.bound for each, _, _ in found))
+    if len(best.plan.order) > 1 and 1 in setting.counts and math.isfinite(alone_s) and not worth_splitting(best.score, alone_s, margin):
+        single = [each for each in alone if each is not None]
+        quickest = min(single, key=lambda one: _score_alone(setting, objective, one))
+        note = why_alone(setting.names[quickest.order[0]], best.score, alone_s, margin)
+        return Choice(setting, Found(quickest, alone_s, best.bound), batch, alone, note)
+    return Choice(setting, best, batch, alone)
 
 
-def _question(setting: Setting, objective: str, batch: int) -> tuple[Chain, Any]:
+def _score_alone(setting: Setting, objective: str, plan: ChainPlan) -> float:
+    """Of the plan of one node, at its best batch."""
+    scores = []
+    for batch, stages in _cases(setting, objective):
+        if stages in (None, 1):
+            chain, score = _question(setting, objective, batch, stages)
+            priced = price(chain, plan.cuts, plan.order, plan.formats, plan.codecs)
+            scores.append(score(priced.latency_s, priced.bottleneck_s))
+    return min(scores)
+
+
+def _cases(setting: Setting, objective: str) -> Iterator[tuple[int, int | None]]:
+    """(sessions in a pass, stages) to be looked at one by one: how a prompt is divided depends on the stages."""
+    if objective == "throughput":
+        yield from ((batch, None) for batch in batches(setting.workload.sessions))
+    elif objective == "tpot":
+        yield 1, None
+    else:
+        yield from ((1, stages) for stages in sorted(setting.counts))
+
+
+def _question(setting: Setting, objective: str, batch: int, stages: int | None) -> tuple[Chain, _Score]:
     """The chain to solve, and what its plans are judged by: seconds of what the objective counts; for throughput, of one token of all sessions, by sessions."""
-    work = setting.workload
-    prefill, one = setting.prefill, setting.decode(1)
-    if objective == "tpot":
+    work, one = setting.workload, setting.decode(1)
+    if objective == "throughput":
+        groups, several = math.ceil(work.sessions / batch), setting.decode(batch)
+        chain = setting.chain(setting.costs(several, "latency"), setting.costs(several, "throughput"))
+        return chain, lambda latency_s, pace_s: max(latency_s, groups * pace_s) / work.sessions
+    if stages is None:
         return setting.chain(setting.costs(one, "latency"), setting.costs(one, "throughput")), lambda latency_s, _: latency_s
-    if objective == "ttft":
-        waits = work.chunks - 1
-        chain = setting.chain(setting.costs(prefill, "latency"), setting.costs(prefill, "throughput"))
-        return chain, lambda latency_s, pace_s: latency_s + waits * pace_s
+    prefill, waits = setting.prefill(stages), setting.chunks(stages) - 1
+    latency = setting.costs(prefill, "latency")
     if objective == "latency":
-        waits, steps = work.chunks - 1, work.answer_tokens - 1
-        both = _sum(setting.costs(prefill, "latency"), setting.costs(one, "latency"), steps)
-        return setting.chain(both, setting.costs(prefill, "throughput")), lambda latency_s, pace_s: latency_s + waits * pace_s
-    groups = math.ceil(work.sessions / batch)
-    several = setting.decode(batch)
-    chain = setting.chain(setting.costs(several, "latency"), setting.costs(several, "throughput"))
-    return chain, lambda latency_s, pace_s: max(latency_s, groups * pace_s) / work.sessions
+        latency = _sum(latency, setting.costs(one, "latency"), work.answer_tokens - 1)
+    return setting.chain(latency, setting.costs(prefill, "throughput"), stages), lambda latency_s, pace_s: latency_s + waits * pace_s
 
 
-def _sum(a: Any, b: Any, times: int) -> Any:
-    """Costs of one pass `a` and `times` passes `b`."""
+def _sum(a: Costs, b: Costs, times: int) -> Costs:
+    """Of one pass `a` and `times` passes `b`."""
     return replace(a, **{name: getattr(a, name) + (times * getattr(b, name) if times else 0.0) for name in a.__dataclass_fields__})
 
 

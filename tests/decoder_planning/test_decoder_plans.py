@@ -21,16 +21,18 @@ PLAIN = {"float32/float32": 1.0}
 EVERY = {"float32/float32": 1.0, "float32/int8": 0.5, "bfloat16/bfloat16": 2.0, "bfloat16/int4": 2.0}
 
 
-def needed(model: DecoderModel, form: str = "float32") -> int:
-    """Of the whole model with its caches; a little more."""
-    cache = model.kv_bytes(0, len(model.vertices), "float32") * WORKLOAD.context_length * WORKLOAD.sessions
-    return int((model.param_bytes(0, len(model.vertices), form, "float32") + cache) * 1.3)
+def needed(model: DecoderModel, form: str = "float32", dtype: str = "float32") -> int:
+    """By the whole model with its caches, on one node."""
+    count, passing = len(model.vertices), WORKLOAD.context_length  # shorter than the longest chunk
+    cache = model.kv_bytes(0, count, dtype) * WORKLOAD.context_length * WORKLOAD.sessions
+    working = model.working_bytes(0, count, chunk=passing, batch=WORKLOAD.sessions, dtype=dtype)
+    return model.param_bytes(0, count, form, dtype) + cache + working + 2 * 8 * passing
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_plan_is_the_best_of_all_cuts_by_hand(llama: DecoderModel, profile_of: MakeProfile, objective: str) -> None:
     profile = profile_of(llama, {"a": 1.0, "b": 0.7, "c": 2.0}, PLAIN)
-    cluster = cluster_of({"a": needed(llama) // 2, "b": needed(llama) // 3, "c": ROOM}, latency_s=1e-4)
+    cluster = cluster_of({"a": needed(llama) * 2 // 3, "b": needed(llama) * 6 // 10, "c": ROOM}, latency_s=1e-4)
     chosen = plan_decoder(llama, profile, cluster, WORKLOAD, objective=objective, margin=0.0)
     reached = []
     for count in (1, 2, 3):
@@ -64,8 +66,9 @@ def test_what_is_predicted_adds_up(llama: DecoderModel, profile_of: MakeProfile)
     hidden = 64 * 4
     step_s = 5 * 1e-3
     assert expected.tpot_s == pytest.approx(step_s + 2 * 0.01 + (hidden + 4) / 1e6)
-    chunk_s = 5 * step_s + 2 * 0.01 + (16 * hidden + 4) / 1e6
-    assert expected.ttft_s == pytest.approx(chunk_s + max(12.5e-3, 16 * hidden / 1e6))
+    assert expected.chunk_tokens == 32  # the whole prompt: a shorter chunk is not worth a pass
+    chunk_s = step_s + 4 * step_s * 31 / 15 + 2 * 0.01 + (32 * hidden + 4) / 1e6  # measured were 1 and 16 tokens
+    assert expected.ttft_s == pytest.approx(chunk_s)
     # all four in one pass, or two passes of two: what keeps more of the way busy
     assert expected.tokens_per_s > 4 / (step_s * 1.3 + 0.02 + 0.001) * 0.99
     assert generation.kv_bytes_per_token == {"stage0": llama.kv_bytes(0, 3, "float32"), "stage1": llama.kv_bytes(3, 6, "float32")}
@@ -75,17 +78,30 @@ def test_what_is_predicted_adds_up(llama: DecoderModel, profile_of: MakeProfile)
         assert word in text
 
 
+def test_chunks_of_a_long_prompt_follow_each_other(llama: DecoderModel, profile_of: MakeProfile) -> None:
+    profile = profile_of(llama, {"a": 1.0, "b": 1.0}, PLAIN)
+    cluster = cluster_of({"a": ROOM, "b": ROOM}, bytes_per_s=1e9, latency_s=0.001)
+    long = Workload(128, 1, 96, 8, 16)
+    plan = plan_decoder(llama, profile, cluster, long, objective="ttft", at=["layers.2"], nodes=["a", "b"])
+    assert plan.generation is not None
+    expected = plan.generation.expected
+    assert expected is not None
+    assert expected.chunk_tokens == 32
+    each_s = 2.5e-3 * (1 + 4 * 31 / 15)  # of a stage, with a chunk of 32
+    assert expected.ttft_s == pytest.approx((2 + 2) * each_s + 2 * 0.001, rel=1e-3)  # three chunks through two stages
+
+
 def test_memory_holds_weights_and_caches(llama: DecoderModel, profile_of: MakeProfile) -> None:
     profile = profile_of(llama, {"a": 1.0, "b": 1.0}, PLAIN)
     cluster = cluster_of({"a": needed(llama), "b": needed(llama)})
     assert len(plan_decoder(llama, profile, cluster, WORKLOAD).stages) == 1
-    larger = Workload(128, 8, 32, 8, 16)
+    larger = Workload(64, 8, 32, 8, 16)
     plan = plan_decoder(llama, profile, cluster, larger)
     assert len(plan.stages) == 2
     assert plan.prediction is not None
     for stage in plan.stages:
         assert plan.generation is not None
-        least = stage.param_bytes + plan.generation.kv_bytes_per_token[stage.name] * 128 * 8
+        least = stage.param_bytes + plan.generation.kv_bytes_per_token[stage.name] * 64 * 8
         assert least < plan.prediction.memory_bytes[stage.node] <= needed(llama)
 
 
@@ -96,7 +112,7 @@ def test_what_is_missing_is_said(llama: DecoderModel, profile_of: MakeProfile) -
         match=r"KiB of memory are missing; .* node '[ab]' would need .* for '.*' to '.*' with weights in float32 .*4 sessions of 64 tokens",
     ):
         plan_decoder(llama, profile, cluster_of({"a": 200_000, "b": 100_000}), WORKLOAD)
-    lonely = cluster_of({"a": needed(llama) // 2, "b": needed(llama)})
+    lonely = cluster_of({"a": needed(llama) * 2 // 3, "b": needed(llama)})
     with pytest.raises(NoPlan, match="not connected"):
         plan_decoder(llama, profile, type(lonely)(lonely.nodes, ()), WORKLOAD, stages=2)
 
@@ -106,7 +122,7 @@ def test_weights_are_coarser_where_nothing_finer_fits(llama: DecoderModel, profi
     fine = plan_decoder(llama, profile, cluster_of({"a": ROOM, "b": ROOM}), WORKLOAD)
     assert fine.generation is not None
     assert set(fine.generation.weights.values()) == {"float32"}  # int8 would be twice as fast, and nobody has said what it loses
-    tight = plan_decoder(llama, profile, cluster_of({"a": 380_000, "b": 90_000}), WORKLOAD)
+    tight = plan_decoder(llama, profile, cluster_of({"a": needed(llama, "bfloat16", "bfloat16") - 1, "b": 90_000}), WORKLOAD)
     assert tight.generation is not None
     assert {"int8", "int4"} & set(tight.generation.weights.values())
     assert tight.prediction is not None
