@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -141,13 +142,20 @@ def _read_figures(path: Path) -> dict[str, CodecFigures]:
 
     try:
         document = tomllib.loads(path.read_text())
-        found = {name: CodecFigures(**figures) for name, figures in document.items()}
     except OSError as error:
         raise BadInput(f"cannot read {str(path)!r}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise BadInput(
-            f"{path}: expected a table per codec with ratio, encode_bytes_per_s, decode_bytes_per_s and error: {error}"
-        ) from None
-    if strange := sorted(set(found) - set(codec_names())):
-        raise BadInput(f"{path}: there is no codec {strange[0]!r}; there are {', '.join(codec_names())}")
-    return found
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is not TOML: {error}") from None
+    fields = [field.name for field in dataclasses.fields(CodecFigures)]
+    for codec, figures in document.items():
+        if codec not in codec_names():
+            raise BadInput(f"{path}: there is no codec {codec!r}; there are {', '.join(codec_names())}")
+        if not isinstance(figures, dict):
+            raise BadInput(f"{path}: {codec}: expected a table with {', '.join(fields)}, got {figures!r:.100}")
+        for name, figure in figures.items():
+            if name not in fields:
+                raise BadInput(f"{path}: {codec} has no figure {name!r}; there are {', '.join(fields)}")
+            given = figure.values() if isinstance(figure, dict) else (figure,)
+            if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in given):
+                raise BadInput(f"{path}: {codec}.{name}: expected a number, or a table of numbers by name, got {figure!r:.100}")
+    return {codec: CodecFigures(**figures) for codec, figures in document.items()}

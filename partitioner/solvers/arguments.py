@@ -24,13 +24,16 @@ def is_number(given: Any) -> bool:
     return isinstance(given, int | float | np.integer | np.floating) and not isinstance(given, bool)
 
 
+_NAMED = {"figures": "codecs"}  # `partitioner.plan` calls by this name what only holds figures
+
+
 def check_kinds(**given: Any) -> None:
     """By the names of `partitioner.solve`'s and `partitioner.plan`'s arguments; None is whatever the default is. Raises BadInput naming the
     argument, what was expected, and what came."""
     for name, value in given.items():
         expected, found = _KINDS[name]
         if (value is not None or name in _NEEDED) and (wrong := found(value)) is not None:
-            raise BadInput(f"{name}: expected {expected}, got {wrong}")
+            raise BadInput(f"{_NAMED.get(name, name)}: expected {expected}, got {wrong}")
 
 
 def _shown(given: Any) -> str:

@@ -28,6 +28,8 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     CLUSTER.save(tmp_path / "cluster.toml")
     (tmp_path / "odd.toml").write_text("[made-up]\nratio = 2\n")
     (tmp_path / "wrong.toml").write_bytes(b"\xff\xfe")
+    (tmp_path / "word.toml").write_text('[int8]\nratio = "four"\n')
+    (tmp_path / "speed.toml").write_text("[int8]\nspeed = 1\n")
     (tmp_path / "lines.txt").write_text("a\n")
     (tmp_path / "taken.shards").write_text("")
     return tmp_path
@@ -68,7 +70,9 @@ def plan(*options: str) -> int:
         ("--codec a->b=raw --codec a->b=zstd", "--codec: 'a->b' stands there twice"),
         ("--codec-figures missing.toml", "cannot read 'missing.toml'"),
         ("--codec-figures odd.toml", "there is no codec 'made-up'"),
-        ("--codec-figures wrong.toml", "wrong.toml: expected a table per codec"),
+        ("--codec-figures wrong.toml", "wrong.toml is not TOML"),
+        ("--codec-figures word.toml", "int8.ratio: expected a number"),
+        ("--codec-figures speed.toml", "int8 has no figure 'speed'"),
         ("--on a --on b", "it needs `at`"),
         ("--at head --on a", "1 cut makes 2 stages, but there are 1 nodes"),
         ("--at head --on a --on a", "'a' stands there twice"),
