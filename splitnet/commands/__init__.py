@@ -1,1 +1,1 @@
-"""The commands of `splitnet` that need neither the planner nor a node: deploy, doctor, run, status, unload."""
+"""The commands of `splitnet` that need neither the planner nor a node."""
