@@ -132,10 +132,14 @@ class _Reader:
         if not 0 < count <= most or wanted > count or position >= 1 << 32:
             raise ProtocolError(f"a step at position {position} has {count} tokens and wants {wanted}")
         sampling = self._sampling() if twice & 1 else None
-        tokens = np.fromiter((self.number() for _ in range(count)), np.int64, count) if count < len(self._data) else self._short()
-        if int(tokens.max()) > _LARGEST_TOKEN:
-            raise ProtocolError(f"a step holds the token id {int(tokens.max())}")
-        return Step(session, position, tokens.astype(np.int32), wanted, sampling)
+        tokens = np.fromiter((self._token() for _ in range(count)), np.int32, count) if count < len(self._data) else self._short()
+        return Step(session, position, tokens, wanted, sampling)
+
+    def _token(self) -> int:
+        token = self.number()
+        if token > _LARGEST_TOKEN:
+            raise ProtocolError(f"a step holds the token id {token}")
+        return token
 
     def finish(self) -> None:
         if self._at != len(self._data):
