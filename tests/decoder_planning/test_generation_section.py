@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from splitnet.batching import Batching
 from splitnet.errors import BadPlan
 from splitnet.generation_plan import LONGEST_CHUNK, Expected, Generation, chunk_of
 from splitnet.plan import NodeRef, OutputSpec, Plan, StageSpec, Transfer
@@ -80,6 +82,11 @@ def test_stages_that_generate_are_a_chain() -> None:
     document["transfers"].append({"source": "", "target": "stage1", "tensors": ["input_ids"]})
     with pytest.raises(BadPlan, match="transfer 'client' -> 'stage1': stages that generate are a chain"):
         Plan.from_json(json.dumps(document))
+
+
+def test_steps_are_not_joined_as_requests_are() -> None:
+    with pytest.raises(BadPlan, match="joined by the nodes themselves"):
+        replace(plan(GENERATION), batching=Batching(max_batch=4))
 
 
 def test_chunks_keep_the_stages_busy() -> None:
