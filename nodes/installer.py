@@ -101,7 +101,6 @@ class Installer:
     def switch(self, name: str, generation: int, share: float, address: str, *, keep: bool) -> int:
         """See `Families.switch`."""
         before = self._ledger.families.switch(name, generation, share, address, keep=keep)
-        self._ledger.recovery.switched(name)
         self._log.info("switched", deployment=name, before=before, generation=generation, share=share)
         return before
 
