@@ -1,7 +1,8 @@
-.PHONY: help setup demo test check protos clean
+.PHONY: help setup demo demo-llm test check protos clean
 
 help:
 	@echo "make demo    a model cut in three over three node processes, on this machine, on real input"
+	@echo "make demo-llm  a language model, trained now, split over three node processes, writing"
 	@echo "make test    the tests"
 	@echo "make check   format, lint, types, import rules, generated stubs, wheel"
 	@echo "make protos  regenerate the stubs from protos/"
@@ -13,6 +14,9 @@ setup:
 
 demo:
 	@scripts/demo
+
+demo-llm:
+	@scripts/demo --llm
 
 test:
 	@scripts/test

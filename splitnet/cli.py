@@ -38,11 +38,17 @@ SUMMARIES = {
     "rollback": "Undo the last update of a deployment.",
     "generate": "Continue a prompt with a language model.",
     "run": "Send requests, print answers.",
+    "chat": "Talk with a deployed language model.",
+    "gateway": "Serve language models by OpenAI's HTTP interface.",
+    "keys": "Make, list and revoke API keys of a gateway.",
     "status": "Show what each node holds and does.",
     "watch": "Switch to a better plan when there is one.",
     "unload": "Take a deployment off its nodes.",
     "bench": "Put measured figures beside the predicted ones.",
     "demo": "Do all of it on this machine, on real input.",
+    "certs": "Make, renew and revoke certificates.",
+    "token": "Make, list and revoke tokens; bring them to the nodes.",
+    "audit": "See whether an audit log was changed.",
     "doctor": "Is this box fit to be a node?",
     "completion": "Print the completion script of a shell.",
 }
@@ -51,13 +57,16 @@ SUMMARIES = {
 _EXTRA_OF_MODULE = {
     "grpc_health": "node",
     "grpc_reflection": "node",
+    "jinja2": "gateway",
     "matplotlib": "draw",
     "networkx": "planner",
     "psutil": "node",
     "sklearn": "demo",
     "structlog": "node",
     "sympy": "planner",
+    "tokenizers": "gateway",
     "transformers": "hf",
+    "uvicorn": "gateway",
 }
 _EXTRA_OF_COMMAND = {"node": "node", "demo": "demo"}
 _SHARED_MODULES = ("torch", "safetensors")
@@ -119,8 +128,10 @@ def _load(entry_point: EntryPoint) -> click.Command:
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="splitnet", message="%(prog)s %(version)s")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--certs", type=click.Path(file_okay=False), default=None, help="The folder with your certificate.  [default: SPLITNET_CERTS, or ~/.config/splitnet/certs]")
+@click.option("--insecure", is_flag=True, help="Speak plaintext to other machines, too; also SPLITNET_INSECURE=1.")
 @click.pass_context
-def cli(ctx: click.Context, debug: bool) -> None:
+def cli(ctx: click.Context, debug: bool, certs: str | None, insecure: bool) -> None:
     """Split a model over several machines, where measurements say that it pays, and serve it as one.
 
     \b
@@ -129,13 +140,21 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
     \b
     Example: two boxes
-      splitnet node --listen HOST:7001 --insecure        (on each box; a network that you trust)
-      splitnet probe --node HOST:7001 --node HOST:7002 -o cluster.toml
+      splitnet certs init && splitnet certs issue attic --address HOST          (a folder for each box, see splitnet certs)
+      splitnet node --listen 0.0.0.0:7001 --certs attic                         (on each box)
+      splitnet --certs certs/operator probe --node HOST:7001 --node HOST:7002 -o cluster.toml
       splitnet plan py:shop.model:build --cluster cluster.toml -o plan.json
       splitnet deploy plan.json
     """
     settings = ctx.ensure_object(_Settings)
     settings.debug = debug
+    if certs is not None or insecure:
+        from splitnet.security.addresses import INSECURE
+        from splitnet.security.credentials import use_access
+
+        if certs is not None and insecure:
+            raise click.UsageError("--certs and --insecure exclude each other")
+        use_access(INSECURE if certs is None else certs)
 
 
 @cli.command()
