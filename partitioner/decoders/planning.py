@@ -25,7 +25,7 @@ __all__ = ["OBJECTIVES", "plan_decoder"]
 #: What to make best: the time to the first token, the time per token after it, the tokens of all sessions per second, the time of a whole answer.
 OBJECTIVES = ("ttft", "tpot", "throughput", "latency")
 _Score: TypeAlias = Callable[[float, float], float]
-_MOST_NODES = 10  # that are planned over: the exact search doubles with each
+_MOST_NODES = 8  # that are planned over: the exact search doubles with each
 _COARSER_GAIN = 0.01  # by how much rounding to bfloat16 must make a plan better to be chosen over float32
 
 
@@ -45,7 +45,7 @@ def plan_decoder(
     """The plan that is predicted to be best for the objective; one machine alone is always among the candidates. `asked`: the wishes of `partitioner.plan`, but for those about
     calibrated codecs and private inputs. A stage's weights are in the finest format among those that are quickest there and fit.
 
-    Exact over all orders of nodes, cuts, formats and codecs within the cost model, for up to ten nodes (beyond, of the ten quickest that have room); `prediction.bound` says what
+    Exact over all orders of nodes, cuts, formats and codecs within the cost model, for up to eight nodes (beyond, over the eight quickest and those that wishes name); `prediction.bound` says what
     is proven. Raises BadInput, BadModel (a context that the model does not have), BadPlan (the profile of another model), NoPlan saying what is missing where.
     """
     weights = weights or Weights()
@@ -65,14 +65,15 @@ def plan_decoder(
     for formats in weights.rounds(model.checkpoint.dtype):
         best: Choice | None = None
         for dtype in _dtypes(formats, model):
-            setting = _setting(model, profile, cluster, workload, beforehand, dtype, formats, bool(asked.get("lossless")), at)
-            if not setting.formats:
-                continue
-            found = _best(setting, objective, margin)
-            if found is None:
-                refused = why_nothing_fits(setting)  # the last one, with the coarsest formats, lacks least
-            elif best is None or found.found.score < best.found.score * (1 - _COARSER_GAIN):
-                best = found
+            for setting in _settings(model, profile, cluster, workload, beforehand, dtype, formats, bool(asked.get("lossless")), at):
+                found = _best(setting, objective, margin)
+                if found is None:
+                    refused = why_nothing_fits(setting)  # the last one, with the coarsest formats, lacks least
+                elif best is None or found.found.score < best.found.score * (1 - _COARSER_GAIN):
+                    best = found
+        if best is not None and len(best.setting.nodes) < len(beforehand.chosen) and at is None:
+            note = f"planned over {len(best.setting.nodes)} of {len(beforehand.chosen)} nodes: {', '.join(best.setting.names)}"
+            best = replace(best, found=replace(best.found, bound=0.0), note="; ".join(filter(None, (best.note, note))))
         if best is not None:
             return make_plan(best, objective, weights)
     raise refused or NoPlan(
@@ -89,36 +90,33 @@ def _dtypes(formats: Sequence[str], model: DecoderModel) -> list[str]:
     return ["float32", "bfloat16"] if model.checkpoint.dtype == "float32" else ["bfloat16", "float32"]
 
 
-def _setting(
+def _settings(
     model: DecoderModel, profile: DecoderProfile, cluster: Cluster, workload: Workload, beforehand: Asked, dtype: str, formats: Collection[str],
     lossless: bool, at: Sequence[str] | None,
-) -> Setting:  # fmt: skip
+) -> Iterator[Setting]:  # fmt: skip
+    """One; or, where nodes are too many, one with the quickest and one with the largest of them."""
     nodes = beforehand.chosen if at is None else beforehand.chosen[: len(at) + 1]
     able = tuple(f for f in FORMATS if f in formats and (f == dtype or f in ("int8", "int4")))
     measured = tuple(f for f in able if any(f"{dtype}/{f}" in profile.on(node) for node in nodes))
-    if len(nodes) > _MOST_NODES and measured:
-        nodes = tuple(sorted(nodes, key=lambda node: _worth(profile, node, f"{dtype}/{measured[0]}", beforehand))[:_MOST_NODES])
-    return Setting(
-        model,
-        profile,
-        cluster,
-        nodes,
-        beforehand.wishes,
-        workload,
-        dtype,
-        measured,
-        beforehand.stages,
-        lossless,
-        None if at is None else tuple(at),
-    )
+    if not measured:
+        return
 
+    def quickness(node: ClusterNode) -> float:
+        times = profile.on(node).get(f"{dtype}/{measured[0]}")
+        return math.inf if times is None else sum(times.decode[0])
 
-def _worth(profile: DecoderProfile, node: ClusterNode, column: str, beforehand: Asked) -> tuple[bool, float]:
-    """What a wish names, and then the quickest."""
+    def room(node: ClusterNode) -> tuple[float, float]:
+        return -(node.memory_bytes or math.inf), quickness(node)
+
     wishes = beforehand.wishes
-    named = node.name in (*wishes.pin.values(), wishes.input_at, wishes.output_at)
-    times = profile.on(node).get(column)
-    return not named, math.inf if times is None else sum(times.decode[0])
+    named = {*wishes.pin.values(), wishes.input_at, wishes.output_at}
+    orders = (quickness, room) if len(nodes) > _MOST_NODES and at is None else (quickness,)
+    for order in orders:
+        taken = nodes
+        if len(orders) > 1:
+            taken = tuple(sorted(nodes, key=lambda node, order=order: (node.name not in named, order(node)))[:_MOST_NODES])  # type: ignore[misc]
+        cuts = None if at is None else tuple(at)
+        yield Setting(model, profile, cluster, taken, wishes, workload, dtype, measured, beforehand.stages, lossless, cuts)
 
 
 def _best(setting: Setting, objective: str, margin: float) -> Choice | None:

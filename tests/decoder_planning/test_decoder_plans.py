@@ -143,6 +143,17 @@ def test_the_format_may_be_asked_for(llama: DecoderModel, profile_of: MakeProfil
     assert plan.generation.dtype == ("bfloat16" if form in ("bfloat16", "int4") else "float32")
 
 
+def test_of_many_nodes_the_quickest_and_the_largest_are_looked_at(llama: DecoderModel, profile_of: MakeProfile) -> None:
+    names = [f"n{i}" for i in range(10)]
+    profile = profile_of(llama, {name: 1.0 + i for i, name in enumerate(names)}, PLAIN)
+    room = dict.fromkeys(names, 1000) | {"n9": ROOM}  # the slowest alone has the room
+    plan = plan_decoder(llama, profile, cluster_of(room), WORKLOAD)
+    assert [stage.node for stage in plan.stages] == ["n9"]
+    assert plan.prediction is not None
+    assert "planned over 8 of 10 nodes" in plan.prediction.note
+    assert "no bound is known" in plan.explain()
+
+
 def test_wishes_are_kept(llama: DecoderModel, profile_of: MakeProfile) -> None:
     profile = profile_of(llama, {"a": 1.0, "b": 1.0, "c": 1.0}, PLAIN)
     cluster = cluster_of(dict.fromkeys("abc", ROOM))
