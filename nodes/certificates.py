@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -12,7 +14,7 @@ from pathlib import Path
 from nodes.config import NodeConfig
 from nodes.guard import Guard
 from nodes.logs import Log
-from splitnet.errors import NotFound, NotPermitted, SplitnetError
+from splitnet.errors import BadInput, NotFound, NotPermitted, SplitnetError
 from splitnet.security.addresses import INSECURE, PLAINTEXT, is_loopback
 from splitnet.security.credentials import ENVIRONMENT, Access, Credentials, default_directory
 from splitnet.security.files import read_private, write_file
@@ -67,14 +69,15 @@ def node_access(config: NodeConfig) -> Access:
 class CertificateKeeper:
     """Looks every second whether there are new files, takes them, and says so."""
 
-    def __init__(self, access: Access, guard: Guard, log: Log) -> None:
+    def __init__(self, access: Access, guard: Guard, log: Log, directory: Path) -> None:
         self._access = access
         self._guard = guard
         self._log = log
         self._policy_stamp: tuple[int, int, int] | None = None
         self._complaint = ""
         self._task: asyncio.Task[None] | None = None
-        self._signed: dict[str, None] = {}  # shards whose signature was seen
+        self._signatures = directory / "signatures.json"
+        self._signed: dict[str, bytes] = {}  # the signatures of shards that were seen, also by an earlier process
         self.operators: tuple[bytes, ...] = ()  #: who may sign shards; empty: nobody needs to
 
     def start(self) -> None:
@@ -83,6 +86,7 @@ class CertificateKeeper:
             return
         self._guard.policy = self._read_policy() or Policy()
         self.operators = self._read_operators()
+        self._recall()
         self._warn_of_the_end()
         self._task = asyncio.create_task(self._watch(), name="certificates")
 
@@ -93,15 +97,20 @@ class CertificateKeeper:
 
     def check_shards(self, shards: Mapping[str, str], signatures: Mapping[str, bytes]) -> None:
         """`shards`: stage -> sha256 of its manifest. Raises NotPermitted where an operator must have signed them and has not. A signature that was seen holds as long as the
-        keys do: another node that has to replace a lost one has none to show."""
+        keys do, over restarts: another node that has to replace a lost one has none to show. Raises StorageFailure where it cannot be kept."""
         if not self.operators:
             return
         for stage, sha256 in shards.items():
             if sha256 not in self._signed:
                 check_signature(self.operators, SHARD, sha256, signatures.get(stage, b""), f"shard {sha256[:12]} of stage {stage!r}")
-        self._signed.update(dict.fromkeys(shards.values()))
+        new = {sha256: signatures[stage] for stage, sha256 in shards.items() if sha256 not in self._signed}
+        if not new:
+            return
+        self._signed.update(new)
         for old in list(self._signed)[: max(0, len(self._signed) - _MOST_SIGNED)]:
             del self._signed[old]
+        kept = {sha256: signature.hex() for sha256, signature in self._signed.items()}
+        write_file(self._signatures, json.dumps(kept).encode(), private=True)
 
     async def set_policy(self, data: bytes, signature: bytes) -> int:
         """Takes a newer policy that an operator has signed, and keeps it; the number of calls that it ended. Raises BadInput, NotPermitted (not signed, or older)."""
@@ -139,7 +148,7 @@ class CertificateKeeper:
         operators = await asyncio.to_thread(self._read_operators)
         if operators != self.operators:
             self.operators = operators
-            self._signed.clear()
+            self._recall()
         policy = await asyncio.to_thread(self._read_policy)
         if policy is not None and policy.serial < self._guard.policy.serial:
             raise NotPermitted(f"policy.json has serial {policy.serial}, older than {self._guard.policy.serial}: not taken")
@@ -147,6 +156,22 @@ class CertificateKeeper:
             ended = await self._guard.apply(policy)
             if policy is not None:
                 self._log.info("new policy", serial=policy.serial, calls_ended=ended)
+
+    def _recall(self) -> None:
+        """What an earlier process has seen, as far as the operators' keys still bear it out."""
+        self._signed.clear()
+        if not self._signatures.exists():
+            return
+        try:
+            document = json.loads(read_private(self._signatures, "remove it; the next deployment brings the signatures again"))
+            kept = {str(sha256): bytes.fromhex(signature) for sha256, signature in document.items()}
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            self._log.warning("signatures.json is damaged, and not used", error=str(error))
+            return
+        for sha256, signature in kept.items():
+            with contextlib.suppress(NotPermitted, BadInput):
+                check_signature(self.operators, SHARD, sha256, signature, "shard")
+                self._signed[sha256] = signature
 
     def _read_policy(self) -> Policy | None:
         """None where there is nothing new."""

@@ -37,6 +37,12 @@ __all__ = ["node"]
     metavar="SECONDS",
     help="How long requests in flight may take when the node is asked to stop.",
 )
+@click.option(
+    "--certs",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=None,
+    help="The folder with this node's certificate (`splitnet certs issue`): mutual TLS.  [default: for an address that other machines reach, SPLITNET_CERTS, else ~/.config/splitnet/certs]",
+)
 @click.option("--insecure", is_flag=True, help="Allow an address that other machines reach, without encryption or authentication.")
 @click.option(
     "--log-level",
@@ -59,6 +65,7 @@ def node(
     max_tensor: str,
     buffer: str,
     drain: float,
+    certs: Path | None,
     insecure: bool,
     log_level: str,
     log_json: bool,
@@ -70,17 +77,19 @@ def node(
     \b
     Examples:
       splitnet node
-      splitnet node --listen 0.0.0.0:7001 --insecure --name attic --memory 2GiB
+      splitnet node --listen 0.0.0.0:7001 --certs certs/attic --memory 2GiB
     """
     import asyncio
     import os
 
+    from nodes.certificates import find_certs, name_in
     from nodes.config import NodeConfig, parse_bytes
     from nodes.logs import get_log, set_up_logs
     from nodes.memory import keep_buffers
     from nodes.server import serve
 
-    given = {"name": name, "threads": threads}
+    certs = certs or find_certs(listen, insecure)
+    given = {"name": name or (name_in(certs) if certs is not None else None), "threads": threads}
     config = NodeConfig(
         listen=listen,
         memory_bytes=parse_bytes(memory),
@@ -90,6 +99,7 @@ def node(
         buffer_bytes=parse_bytes(buffer),
         drain_s=drain,
         insecure=insecure,
+        certs=certs,
         log_level=log_level,
         log_json=log_json,
         announce=announce,

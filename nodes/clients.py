@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from nodes.callers import current_caller
 from nodes.outbox import Outbox
 from splitnet.channel import to_failure
 from splitnet.errors import SplitnetError
@@ -22,6 +23,7 @@ class ClientStream:
     """`calls` by the id that the client chose; ids need to be unique on one stream only."""
 
     def __init__(self) -> None:
+        self.caller = current_caller()
         self.outbox = Outbox()
         self.calls: dict[str, Call] = {}
         self._refused: dict[str, None] = {}
@@ -30,11 +32,13 @@ class ClientStream:
 
     def add(self, client_id: str, call: Call) -> None:
         self.calls[client_id] = call
+        self.caller.entered()
         self._settled.clear()
 
     def remove(self, client_id: str, *, complete: bool) -> None:
         """`complete`: the client has sent all of the request; else what still comes of it is ignored."""
         del self.calls[client_id]
+        self.caller.left()
         if not complete:
             self._ignore(client_id)
         if not self.calls:

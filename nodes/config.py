@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import os
 import re
@@ -14,6 +13,7 @@ from nodes.engines import REFERENCE, engine_choices
 from splitnet import wire
 from splitnet.errors import BadInput, NotPermitted
 from splitnet.heartbeat import Heartbeat
+from splitnet.security.addresses import is_loopback
 
 __all__ = ["LOG_LEVELS", "NodeConfig", "default_data_dir", "parse_bytes"]
 
@@ -39,17 +39,19 @@ class NodeConfig:
     drain_s: float = 10.0  #: what requests in flight may still take when the node is asked to stop
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     insecure: bool = False
+    certs: Path | None = None  #: the folder with this node's certificate; None: plaintext
     log_level: str = "info"
     log_json: bool = False
     announce: Path | None = None  #: the address is written here once the node serves
 
     def __post_init__(self) -> None:
-        host, port = self.host_and_port
-        if not _is_loopback(host) and not self.insecure:
+        _, port = self.host_and_port
+        if self.open_plaintext and not self.insecure:
             raise NotPermitted(
                 f"--listen {self.listen}: this address can be reached from other machines, and whoever reaches it may run models here: "
                 "the connection is neither encrypted nor authenticated",
-                remedy="listen on 127.0.0.1, or give --insecure if you trust everybody on that network",
+                remedy="give it certificates (`splitnet certs init`, `splitnet certs issue NAME --address HOST`, then --certs DIR here), or listen on 127.0.0.1, "
+                "or give --insecure if you trust everybody on that network",
             )
         if port > 65535:
             raise BadInput(
@@ -81,7 +83,7 @@ class NodeConfig:
     @property
     def open_plaintext(self) -> bool:
         """Whether others can reach this node without encryption."""
-        return not _is_loopback(self.host_and_port[0])
+        return self.certs is None and not is_loopback(self.host_and_port[0])
 
 
 def parse_bytes(text: str) -> int:
@@ -96,15 +98,6 @@ def default_data_dir(name: str) -> Path:
     """Where this user's nodes of that name keep their shards (XDG Base Directory Specification)."""
     base = os.environ.get("XDG_DATA_HOME", "")
     return (Path(base) if Path(base).is_absolute() else Path.home() / ".local" / "share") / "splitnet" / name
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _own_name() -> str:

@@ -94,6 +94,7 @@ class Ingress:
             raise DeadlineExceeded("the request's time had run out before it came", remedy="give it more time")
         if frame.priority > _HIGHEST_PRIORITY:
             raise BadInput(f"priority is {frame.priority}", remedy=f"give 0 (usual) to {_HIGHEST_PRIORITY} (most urgent)")
+        client.caller.admit(deployment.name)
         deployment.admission.enter(client)
         call = self._calls.open(client, frame.request, deployment, frame.priority, self._ledger.deadline(frame.timeout_s))
         for link in deployment.links.values():

@@ -168,7 +168,7 @@ class Link:
     async def _attempt(self) -> None:
         """Connects, and sends until the stream breaks; always raises."""
         address = self.target.address
-        channel = open_channel(address)
+        channel = open_channel(address, node=self.target.name)
         try:
             call = forward_stream(channel)(metadata=grpc.aio.Metadata((NAME_KEY, self.source.name), (ADDRESS_KEY, self.source.address)))
             try:

@@ -14,10 +14,12 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from nodes.certificates import CertificateKeeper, node_access
 from nodes.compute import ComputeThread
 from nodes.config import NodeConfig
 from nodes.deployment import Deployment
 from nodes.describe import Describer
+from nodes.guard import Guard
 from nodes.ingress import Ingress
 from nodes.installer import Installer
 from nodes.ledger import Ledger
@@ -28,6 +30,9 @@ from nodes.servicer import SERVICE, Servicer, add_to_server
 from nodes.store import BlobStore
 from splitnet.channel import SERVER_OPTIONS
 from splitnet.errors import BadInput, NodeUnavailable
+from splitnet.security.addresses import Plaintext
+from splitnet.security.audit import AuditLog
+from splitnet.security.credentials import access_in_context
 
 __all__ = ["NodeServer", "serve"]
 
@@ -49,11 +54,19 @@ class NodeServer:
     async def start(self) -> None:
         """Raises BadInput where the address cannot be listened on, StorageFailure where the data directory cannot be used."""
         config, log = self.config, self._log
+        access = await asyncio.to_thread(node_access, config)
+        access_in_context(access)  # the tasks that are started here speak to other nodes by it
         store = await asyncio.to_thread(BlobStore, config.directory)
-        self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=_MAX_CALLS)
+        guard = Guard(access, AuditLog(config.directory / "audit.jsonl"), log)
+        self._certificates = CertificateKeeper(access, guard, log, config.directory)
+        self._certificates.start()
+        self._server = grpc.aio.server(interceptors=(guard,), options=SERVER_OPTIONS, maximum_concurrent_rpcs=_MAX_CALLS)
         host, _ = config.host_and_port
         try:
-            bound = self._server.add_insecure_port(config.listen)
+            if isinstance(access, Plaintext):
+                bound = self._server.add_insecure_port(config.listen)
+            else:
+                bound = self._server.add_secure_port(config.listen, access.server_credentials())
         except RuntimeError as error:
             raise BadInput(
                 f"cannot listen on {config.listen}: the port is in use, or the address is not of this machine",
@@ -68,8 +81,9 @@ class NodeServer:
         ingress = Ingress(self.ledger, pipeline)
         installer = Installer(self.ledger, store, self.compute, self._links)
         self._servicer = Servicer(
-            self.ledger, pipeline, ingress, installer, Describer(self.ledger, installer, self._links), store, self.compute
-        )
+            self.ledger, pipeline, ingress, installer, Describer(self.ledger, installer, self._links), store, self.compute,
+            self._certificates,
+        )  # fmt: skip
         self._health = health.aio.HealthServicer()
         add_to_server(self._servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -80,6 +94,8 @@ class NodeServer:
         shown = f"[{host}]" if ":" in host else host
         self.address = f"{shown}:{bound}"
         log.info("listening", address=self.address, name=config.name, data=str(config.directory), threads=config.threads)
+        if not isinstance(access, Plaintext):
+            log.info("mutual TLS 1.3", certificate=str(access.identity), until=access.facts.not_after.isoformat())
         if config.open_plaintext:
             log.warning("insecure: this address is open to the network, without encryption or authentication", address=self.address)
 
@@ -122,6 +138,7 @@ class NodeServer:
 
     async def abandon(self) -> None:
         """Lets go of everything, and tells nobody."""
+        await self._certificates.close()
         await self._links.close()
         await self._server.stop(None)
         self.compute.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias, TypeVar
@@ -14,11 +15,13 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as ProtobufMessage
 from google.protobuf.message_factory import GetMessageClass
 
+from nodes.callers import Caller, current_caller, note
+from nodes.certificates import CertificateKeeper
 from nodes.clients import ClientStream
 from nodes.compute import ComputeThread
 from nodes.describe import Describer
-from nodes.heartbeat import Pulses
 from nodes.generation.orders import decode_orders
+from nodes.heartbeat import Pulses
 from nodes.ingress import Ingress
 from nodes.installer import Installer
 from nodes.ledger import Ledger
@@ -55,6 +58,7 @@ class Servicer(NodeServicer):
         describer: Describer,
         store: BlobStore,
         compute: ComputeThread,
+        certificates: CertificateKeeper,
     ) -> None:
         self._ledger = ledger
         self._pipeline = pipeline
@@ -62,6 +66,7 @@ class Servicer(NodeServicer):
         self._installer = installer
         self._describer = describer
         self._store = store
+        self._certificates = certificates
         self._measurer = Measurer(ledger, store, compute)
         self._log = ledger.log
         self.clients: set[ClientStream] = set()
@@ -79,6 +84,7 @@ class Servicer(NodeServicer):
         writer = asyncio.create_task(client.outbox.pump(_writer(context)), name="answers to a client")
         try:
             async for message in _frames(context):
+                await client.caller.pass_bytes(len(message.payload))
                 await self._ingress.receive(client, message.frame, message.payload)
                 if client.outbox.backlog > _MAX_BACKLOG:  # a client that asks and does not read: it must wait until it does
                     await client.outbox.flushed()
@@ -173,7 +179,8 @@ class Servicer(NodeServicer):
     # ------------------------------------------------------------------------------------------------------------- install
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
-        return self._describer.describe(request.deployment, plans=request.plans)
+        reply = self._describer.describe(request.deployment, plans=request.plans)
+        return reply if not current_caller().deployments else _only(reply, current_caller())
 
     async def Load(self, request_iterator: AsyncIterator[pb.LoadRequest], context: Context) -> AsyncIterator[pb.LoadReply]:
         try:
@@ -184,6 +191,8 @@ class Servicer(NodeServicer):
 
     async def Activate(self, request: pb.ActivateRequest, context: Context) -> pb.ActivateReply:
         async def act() -> pb.ActivateReply:
+            note(f"{request.deployment}@{request.generation} plan {hashlib.sha256(request.plan_json).hexdigest()[:12]}")
+            self._certificates.check_shards(request.shards, request.signatures)
             deployment, load_s = await self._installer.activate(
                 request.deployment,
                 request.plan_json,
@@ -198,6 +207,7 @@ class Servicer(NodeServicer):
 
     async def Switch(self, request: pb.SwitchRequest, context: Context) -> pb.SwitchReply:
         async def act() -> pb.SwitchReply:
+            note(f"{request.deployment}@{request.generation} share {request.share:g}")
             before = self._installer.switch(
                 request.deployment, request.generation, request.share, request.ingress_address, keep=request.keep
             )
@@ -208,6 +218,7 @@ class Servicer(NodeServicer):
     async def Unload(self, request: pb.UnloadRequest, context: Context) -> pb.UnloadReply:
         async def act() -> pb.UnloadReply:
             drain_s = min(max(request.drain_s, 0.0), self._ledger.config.request_s)
+            note(f"{request.deployment}@{request.generation}")
             cancelled = await self._installer.unload(request.deployment, drain_s, request.delete_blobs, generation=request.generation)
             return pb.UnloadReply(cancelled=cancelled)
 
@@ -215,7 +226,15 @@ class Servicer(NodeServicer):
 
     async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseReply:
         async def act() -> pb.ReleaseReply:
+            note(f"{len(request.blobs)} blobs")
             return pb.ReleaseReply(freed_bytes=await self._installer.release(request.blobs))
+
+        return await self._guarded(context, act)
+
+    async def SetPolicy(self, request: pb.SetPolicyRequest, context: Context) -> pb.SetPolicyReply:
+        async def act() -> pb.SetPolicyReply:
+            note(f"sha256 {hashlib.sha256(request.policy_json).hexdigest()}")
+            return pb.SetPolicyReply(calls_ended=await self._certificates.set_policy(request.policy_json, request.signature))
 
         return await self._guarded(context, act)
 
@@ -278,6 +297,15 @@ def _decoding(call: Callable[..., Any], kind: type[ProtobufMessage], *, stream: 
     if stream:
         return grpc.stream_stream_rpc_method_handler(many, response_serializer=_serialize)
     return grpc.unary_unary_rpc_method_handler(one, response_serializer=_serialize)
+
+
+def _only(reply: pb.DescribeReply, caller: Caller) -> pb.DescribeReply:
+    """What a caller may see that is let to some deployments only."""
+    seen = [d for d in reply.deployments if caller.may_see(d.name)]
+    for field in ("deployments", "links", "events"):
+        reply.ClearField(field)
+    reply.deployments.extend(seen)
+    return reply
 
 
 def _serialize(message: ProtobufMessage) -> bytes:

@@ -21,6 +21,7 @@ from nodes.logs import get_log
 from nodes.server import NodeServer
 from splitnet.cluster import Cluster, ClusterNode, Link
 from splitnet.errors import BadInput, NodeUnavailable
+from splitnet.security.addresses import PLAINTEXT, forget_address, know_address
 
 __all__ = ["LocalCluster"]
 
@@ -37,7 +38,7 @@ class LocalCluster:
             splitnet.deploy(plan, shards)            # the plan's nodes are cluster.cluster()'s
 
     In this process by default (fast; they share its threads and its GIL), else `processes=True`. `options` are fields of NodeConfig
-    for every node. `quiet=False` lets nodes in this process log to standard error; those of their own write to `log(name)`.
+    for every node. `certs`: the folder of an authority, in which each node finds its own by its name; else plaintext. `quiet=False` lets nodes in this process log to standard error; those of their own write to `log(name)`.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class LocalCluster:
         threads: int = 1,
         processes: bool = False,
         quiet: bool = True,
+        certs: Path | None = None,
         **options: Any,
     ) -> None:
         self.names = tuple(names) or tuple(_letters(i) for i in range(n))
@@ -61,6 +63,7 @@ class LocalCluster:
         self._threads = threads
         self._options = options
         self._quiet = quiet
+        self._certs = certs
         self._nodes: dict[str, _Node] = {}
         self._processes = processes
         self._directory = Path()
@@ -72,8 +75,11 @@ class LocalCluster:
         try:
             started = [self._new(name) for name in self.names]
             self._nodes = dict(zip(self.names, started, strict=True))
-            for node in started:
+            for name, node in self._nodes.items():
                 node.wait()
+                forget_address(node.address)  # of an earlier cluster
+                if self._certs is None:
+                    know_address(node.address, PLAINTEXT, name)  # whatever credentials this process has
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -84,6 +90,7 @@ class LocalCluster:
             node.ask_to_stop()
         for node in self._nodes.values():
             node.stop()
+            forget_address(node.address)
         if not self._processes:
             self._loop.close()
         shutil.rmtree(self._directory, ignore_errors=True)
@@ -105,6 +112,7 @@ class LocalCluster:
             "memory_bytes": self._limits[name],
             "threads": self._threads,
             "data_dir": self._directory / name,
+            "certs": None if self._certs is None else self._certs / name,
         }
         return NodeConfig(**{**own, **self._options})
 
@@ -270,7 +278,7 @@ class _OwnProcess(_Node):
 
 def _flags(config: NodeConfig) -> list[str]:
     """The command line that makes this configuration."""
-    flags = {
+    flags: dict[str, object] = {
         "--listen": config.listen,
         "--name": config.name,
         "--memory": config.memory_bytes,
@@ -283,6 +291,8 @@ def _flags(config: NodeConfig) -> list[str]:
         "--log-level": config.log_level,
         "--announce": config.announce,
     }
+    if config.certs is not None:
+        flags["--certs"] = config.certs
     return [str(part) for flag in flags.items() for part in flag]
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "Client",
     "Cluster",
     "ClusterNode",
+    "Credentials",
     "DeadlineExceeded",
     "Deployed",
     "Deployment",
@@ -72,6 +73,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "splitnet.install": ("Deployed", "Progress", "deploy", "deploy_async", "status", "status_async", "undeploy", "undeploy_async"),
     "splitnet.node_status": ("NodeStatus",),
     "splitnet.plan": ("Alternative", "NodeRef", "OutputSpec", "Plan", "Prediction", "StageSpec", "Transfer"),
+    "splitnet.security.credentials": ("Credentials",),
     "splitnet.shard": ("Shard", "open_shard"),
     "splitnet.sync": ("Client",),
     "splitnet.tensors": ("TensorSpec",),
@@ -125,6 +127,7 @@ if TYPE_CHECKING:
     from splitnet.install import Deployed, Progress, deploy, deploy_async, status, status_async, undeploy, undeploy_async
     from splitnet.node_status import NodeStatus
     from splitnet.plan import Alternative, NodeRef, OutputSpec, Plan, Prediction, StageSpec, Transfer
+    from splitnet.security.credentials import Credentials
     from splitnet.shard import Shard, open_shard
     from splitnet.sync import Client
     from splitnet.tensors import TensorSpec

@@ -19,6 +19,8 @@ from google.protobuf.message import DecodeError
 from splitnet import errors, wire
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.rpc.v1.node_pb2_grpc import NodeStub
+from splitnet.security.addresses import PLAINTEXT, Plaintext, known
+from splitnet.security.credentials import Access, AccessLike, access_to, as_access, channel_options, check_plaintext, explain
 
 if TYPE_CHECKING:
     from splitnet.rpc.v1.node_pb2_grpc import NodeAsyncStub  # stands in the type stubs only
@@ -87,13 +89,24 @@ _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):([0-9]{1,5})\Z")
 # ------------------------------------------------------------------------------------------------------------- connections
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
+def open_channel(address: str, *, node: str = "", credentials: AccessLike | None = None) -> grpc.aio.Channel:
     """A channel to the node at `address` (HOST:PORT, or [IPv6]:PORT). It connects when it is first used, and again after a break.
-    To be called in a running event loop; the caller closes it. Raises BadInput for what is not an address."""
+    To be called in a running event loop; the caller closes it. Whoever answers there must prove to be the node of the name `node`, where that is known here or
+    by a cluster file, else to be made out to that host. `credentials`: else those that are found (see `splitnet.security.credentials`).
+
+    Raises BadInput for what is not an address, NotPermitted for plaintext to another machine, and what is wrong with the credentials."""
     match = _ADDRESS.match(address)
     if match is None or not 0 < int(match[2]) < 65536:
         raise errors.BadInput(f"address {address!r} is not HOST:PORT", remedy="give a node's address, for example 10.0.0.5:7001")
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    access = access_to(address) if credentials is None else as_access(credentials)
+    _accesses[address] = access
+    if len(_accesses) > _MOST_ADDRESSES:
+        del _accesses[next(iter(_accesses))]
+    if isinstance(access, Plaintext):
+        check_plaintext(address, access)
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    options = (*CHANNEL_OPTIONS, *channel_options(node or known(address).node))
+    return grpc.aio.secure_channel(address, access.channel_credentials(), options=options)
 
 
 def stub(channel: grpc.aio.Channel) -> NodeAsyncStub:
@@ -195,6 +208,8 @@ def from_rpc_error(error: grpc.RpcError, address: str) -> errors.SplitnetError:
     code = error.code() if isinstance(error, grpc.Call | grpc.aio.AioRpcError) else grpc.StatusCode.UNKNOWN
     details = _short((error.details() if isinstance(error, grpc.Call | grpc.aio.AioRpcError) else str(error)) or "no details")
     number = code.value[0]
+    if code is grpc.StatusCode.UNAVAILABLE and (refusal := _handshake_failure(address, details)) is not None:
+        return refusal
     if code is grpc.StatusCode.UNAVAILABLE:
         return errors.NodeUnavailable(
             f"no node answers at {address}: {details}",
@@ -213,6 +228,26 @@ def from_rpc_error(error: grpc.RpcError, address: str) -> errors.SplitnetError:
             f"{address}: a message is too large: {details}", remedy="run the same version of splitnet on both sides"
         )
     return _CLASS_OF_CODE.get(number, errors.ServiceError)(f"{address} answered {code.name}: {details}")
+
+
+def _handshake_failure(address: str, details: str) -> errors.SplitnetError | None:
+    """Why two sides did not come together, from gRPC's words for it; None where it was something else."""
+    access = _accesses.get(address, PLAINTEXT)
+    remedy = f"`splitnet certs check {address}` shows both sides' certificates"
+    for sign, meaning in _HANDSHAKE_FAILURES.items():
+        if sign in details:
+            return errors.NodeUnavailable(f"{address}: {meaning}; {explain(access)}", remedy=remedy)
+    if "Socket closed" not in details or "failed to connect" not in details:
+        return None
+    if isinstance(access, Plaintext):  # the far side says nothing, and may also have died just then
+        return errors.NodeUnavailable(
+            f"no node answers at {address}: {details}",
+            remedy=f"check that `splitnet node` runs there; if it does, it may want certificates, and this side has shown none: {remedy}",
+        )
+    return errors.NodeUnavailable(
+        f"{address} ended the connection during the handshake: it may not trust this side's certificate, or its clock may be wrong, or it has just gone away; {explain(access)}",
+        remedy=remedy,
+    )
 
 
 @contextmanager
@@ -242,6 +277,18 @@ def _failure_in(error: grpc.RpcError) -> pb.Failure | None:
                 return None  # from a stranger; its status still stands
     return None
 
+
+_accesses: dict[str, Access] = {}  # by which each address was called last
+_MOST_ADDRESSES = 4096
+
+_HANDSHAKE_FAILURES = {
+    "Hostname Verification Check failed": "the certificate that it shows is another node's, or is not made out to this address",
+    "certificate has expired": "its certificate has expired, or this machine's clock is wrong",
+    "certificate is not yet valid": "its certificate is not valid yet, or this machine's clock is wrong",
+    "unsupported certificate purpose": "the certificate that it shows is not a node's",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not by an authority that this side trusts",
+    "WRONG_VERSION_NUMBER": "it speaks plaintext, and this side has certificates: start the node with --certs",
+}
 
 _STATUS_OF_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 

@@ -25,6 +25,7 @@ from splitnet.errors import BadInput, DeadlineExceeded, Moved, Overloaded, Split
 from splitnet.exchange import HIGHEST_PRIORITY, Exchange
 from splitnet.generation import GenerateRequest, Stop, TextModel, as_prompt
 from splitnet.rpc.v1 import node_pb2 as pb
+from splitnet.security.credentials import AccessLike, as_access
 from splitnet.tensors import TensorSpec
 from splitnet.token_stream import TokenStream
 
@@ -42,7 +43,8 @@ class AsyncClient:
             outputs = await client.infer({"pixel_values": array})
 
     `address` is the ingress: the node of the plan's first stage. `deployment` may be left out where the node takes requests for only
-    one. `timeout_s` holds for each request, from the call to the answer, connecting included.
+    one. `timeout_s` holds for each request, from the call to the answer, connecting included. `credentials`: a folder that `splitnet certs issue` made, or what
+    `splitnet.Credentials` makes of it; else those that are found (docs/security.md), and plaintext within this machine.
 
     Any number of tasks of one event loop may call at once; all requests share one connection. It is made at the first call (or on
     `async with`). When it breaks, the requests under way fail with NodeUnavailable and are not sent again by themselves, because
@@ -50,8 +52,9 @@ class AsyncClient:
     calls fail at once for up to a second before the next attempt.
     """
 
-    def __init__(self, address: str, deployment: str = "", *, timeout_s: float = 60.0) -> None:
+    def __init__(self, address: str, deployment: str = "", *, timeout_s: float = 60.0, credentials: AccessLike | None = None) -> None:
         self.address = address
+        self._access = None if credentials is None else as_access(credentials)
         self.timeout_s = _positive(timeout_s)
         self._wanted = deployment
         self._deployment: Deployment | None = None
@@ -311,7 +314,7 @@ class AsyncClient:
 
     def _connection(self) -> grpc.aio.Channel:
         if self._channel is None:
-            self._channel = channel.open_channel(self.address)
+            self._channel = channel.open_channel(self.address, credentials=self._access)
         return self._channel
 
     @contextlib.asynccontextmanager

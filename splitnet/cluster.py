@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
 from splitnet.errors import BadCluster
+from splitnet.security.addresses import INSECURE, know_address
 
-__all__ = ["OVERHEADS", "Cluster", "ClusterNode", "CodecSpeed", "Link", "equal_devices", "same_speed"]
+__all__ = ["OVERHEADS", "Cluster", "ClusterCredentials", "ClusterNode", "CodecSpeed", "Link", "equal_devices", "same_speed"]
 
 OVERHEADS = ("stage_s", "message_s", "request_s", "stage_cpu_s", "message_cpu_s", "request_cpu_s", "byte_cpu_s")  #: of `ClusterNode`
 
@@ -90,10 +91,19 @@ class Link:
         return self.latency_s + size_bytes / self.bandwidth_bytes_per_s if size_bytes else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class ClusterCredentials:
+    """How to speak to the nodes: by the certificate in `directory` (relative to the cluster file), or, with `insecure`, in plaintext."""
+
+    directory: str = ""
+    insecure: bool = False
+
+
 @dataclass(frozen=True)
 class Cluster:
     nodes: tuple[ClusterNode, ...]
     links: tuple[Link, ...] = ()
+    credentials: ClusterCredentials = field(default_factory=ClusterCredentials)
 
     def __post_init__(self) -> None:
         if not self.nodes:
@@ -163,18 +173,29 @@ class Cluster:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise BadCluster(f"{path}: not TOML: {error}") from None
         try:
-            return cls.from_document(document)
+            cluster = cls.from_document(document)
         except BadCluster as error:
             error.message = f"{path}: {error.message}"
             raise
+        cluster.make_known(Path(path).parent)
+        return cluster
+
+    def make_known(self, base: Path = Path()) -> None:
+        """From now on this process speaks to these addresses by these credentials, and expects the nodes of these names there. `base`: what `credentials.directory` is
+        relative to."""
+        given = self.credentials
+        access = INSECURE if given.insecure else str(base / Path(given.directory).expanduser()) if given.directory else None
+        for node in self.nodes:
+            know_address(node.address, access, node.name)
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Cluster:
-        if unknown := sorted(set(document) - {"nodes", "links"}):
-            raise BadCluster(f"unknown key {unknown[0]!r}; expected [[nodes]] and [[links]]")
+        if unknown := sorted(set(document) - {"nodes", "links", "credentials"}):
+            raise BadCluster(f"unknown key {unknown[0]!r}; expected [[nodes]], [[links]] and [credentials]")
         return cls(
             nodes=tuple(_record(ClusterNode, d, f"nodes[{i}]") for i, d in enumerate(_tables(document, "nodes"))),
             links=tuple(_record(Link, d, f"links[{i}]") for i, d in enumerate(_tables(document, "links"))),
+            credentials=_record(ClusterCredentials, document.get("credentials", {}), "credentials"),
         )
 
     def to_toml(self) -> str:
@@ -184,7 +205,8 @@ class Cluster:
                 found["codecs"] = [table(codec) for codec in found["codecs"]]
             return found
 
-        return tomli_w.dumps({"nodes": [table(n) for n in self.nodes], "links": [table(link) for link in self.links]})
+        credentials = {} if self.credentials == ClusterCredentials() else {"credentials": table(self.credentials)}
+        return tomli_w.dumps({**credentials, "nodes": [table(n) for n in self.nodes], "links": [table(link) for link in self.links]})
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.to_toml())
@@ -200,7 +222,7 @@ def _tables(document: Mapping[str, Any], key: str) -> list[Any]:
 def _record(cls: type[Any], d: Any, at: str) -> Any:
     if not isinstance(d, Mapping):
         raise BadCluster(f"{at}: expected a table, got {type(d).__name__}")
-    expected = {"str": str, "int": int, "float": float}
+    expected = {"str": str, "int": int, "float": float, "bool": bool}
     kinds = {f.name: str(f.type) for f in fields(cls)}
     values = dict(d)
     if "codecs" in d and "codecs" in kinds:
@@ -211,7 +233,7 @@ def _record(cls: type[Any], d: Any, at: str) -> Any:
         if key == "codecs":
             continue
         ok = isinstance(value, expected[kinds[key]]) or (kinds[key] == "float" and isinstance(value, int))
-        if not ok or isinstance(value, bool):
+        if not ok or (isinstance(value, bool) and kinds[key] != "bool"):
             raise BadCluster(f"{at}.{key}: expected {kinds[key]}, got {value!r}")
     try:
         return cls(**values)

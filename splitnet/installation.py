@@ -14,6 +14,7 @@ from splitnet.errors import NotFound, ServiceError, SplitnetError
 from splitnet.generations import FIRST
 from splitnet.plan import NodeRef, Plan
 from splitnet.rpc.v1 import node_pb2 as pb
+from splitnet.security.credentials import shard_signatures
 from splitnet.shard import Shard
 from splitnet.shipping import shard_blobs, ship
 
@@ -106,6 +107,7 @@ class Installation:
             plan_json=self._plan.to_json().encode(),
             node=node.name,
             shards=shards,
+            signatures=shard_signatures(node.address, shards),
             generation=self._generation,
             wait=self._wait,
         )

@@ -13,6 +13,7 @@ from splitnet.errors import BadPlan, ProtocolError, ServiceError
 from splitnet.generations import FIRST
 from splitnet.plan import NodeRef, Plan
 from splitnet.rpc.v1 import node_pb2 as pb
+from splitnet.security.addresses import know_address
 
 __all__ = ["CodecInUse", "DeploymentStatus", "LinkStatus", "NodeStatus", "StageStatus", "describe_node", "status_of"]
 
@@ -128,6 +129,8 @@ async def status_of(
     """Asks every node at once. One that cannot be reached, or fails to answer in time, stands in the list with its `error`. `plans`: also for
     the plans that it serves."""
     members: Sequence[NodeRef | ClusterNode] = list(nodes.nodes if isinstance(nodes, Cluster | Plan) else nodes)
+    for member in members:
+        know_address(member.address, node=member.name)
 
     async def ask(name: str, address: str) -> NodeStatus:
         try:

@@ -14,6 +14,8 @@ import numpy as np
 from splitnet import background
 from splitnet.client import AsyncClient
 from splitnet.deployment import Deployment, Inputs
+from splitnet.generation import Stop, TextModel
+from splitnet.security.credentials import AccessLike
 from splitnet.tensors import TensorSpec
 from splitnet.token_stream import TokenStream
 
@@ -29,8 +31,8 @@ class Client:
     Any number of threads may call at once.
     """
 
-    def __init__(self, address: str, deployment: str = "", *, timeout_s: float = 60.0) -> None:
-        self._client = AsyncClient(address, deployment, timeout_s=timeout_s)
+    def __init__(self, address: str, deployment: str = "", *, timeout_s: float = 60.0, credentials: AccessLike | None = None) -> None:
+        self._client = AsyncClient(address, deployment, timeout_s=timeout_s, credentials=credentials)
 
     @property
     def address(self) -> str:

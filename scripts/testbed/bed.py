@@ -10,12 +10,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from splitnet.cluster import Cluster
+from splitnet.cluster import Cluster, ClusterCredentials
 from splitnet.errors import BadInput, NodeUnavailable
+from splitnet.security.addresses import INSECURE, know_address
 from testbed import cpu
 from testbed.kernel import KernelNetwork, check_kernel
 from testbed.shaping import UNSHAPED, LinkShape
@@ -147,11 +149,14 @@ class Testbed:
             stack.callback(self._stop)
             for node in self.spec.nodes:
                 self._processes[node.name] = self._start(node)
+            for address in self.addresses.values():
+                know_address(address, INSECURE)  # the bed is all there is on its network
             actual = {node.name: self._announced(node.name) for node in self.spec.nodes}
             if self.relay is not None:
                 self.relay.connect(actual, {name: process.pid for name, process in self._processes.items()})
             self.reshape(self.spec)
-            self.cluster_file.write_text(self.cluster().to_toml())
+            credentials = ClusterCredentials(insecure=self._network is not None)
+            self.cluster_file.write_text(replace(self.cluster(), credentials=credentials).to_toml())
             self._stack = stack.pop_all()
         return self
 

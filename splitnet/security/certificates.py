@@ -107,7 +107,7 @@ def read_certificates(pem: bytes, place: str) -> list[Certificate]:
 
     try:
         return x509.load_pem_x509_certificates(pem)
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise NotPermitted(f"{place}: not a PEM certificate: {error}", remedy=_REMEDY) from None
 
 
@@ -120,17 +120,12 @@ def read_facts(pem: bytes, place: str) -> CertificateFacts:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         uris = names.get_values_for_type(x509.UniformResourceIdentifier)
         hosts = [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
-    except (x509.ExtensionNotFound, ValueError) as error:
+        serial, first, last = certificate.serial_number, certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
         raise NotPermitted(f"{place}: the certificate names no holder: {error}", remedy=_REMEDY) from None
     if len(uris) != 1:
         raise NotPermitted(f"{place}: the certificate names {len(uris)} holders, expected one", remedy=_REMEDY)
-    return CertificateFacts(
-        Identity.from_uri(uris[0]),
-        f"{certificate.serial_number:x}",
-        certificate.not_valid_before_utc,
-        certificate.not_valid_after_utc,
-        tuple(hosts),
-    )
+    return CertificateFacts(Identity.from_uri(uris[0]), f"{serial:x}", first, last, tuple(hosts))
 
 
 def signed_by(pair: Pair, bundle: bytes, place: str) -> None:

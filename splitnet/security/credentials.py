@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,7 +29,7 @@ from splitnet.security.signing import SHARD, SigningKey
 
 __all__ = [
     "ENVIRONMENT", "Access", "AccessLike", "Credentials", "access_in_context", "access_to", "as_access", "channel_options", "check_plaintext",
-    "default_directory", "explain", "is_loopback", "shard_signatures", "use_access",
+    "default_directory", "explain", "is_loopback", "know_signatures", "shard_signatures", "sign_shards", "use_access",
 ]  # fmt: skip
 
 ENVIRONMENT = "SPLITNET_CERTS"
@@ -185,6 +185,7 @@ def channel_options(node: str) -> tuple[tuple[str, str], ...]:
 
 _in_context: ContextVar[Access | None] = ContextVar("access", default=None)
 _used: Access | None = None
+_signatures: dict[str, bytes] = {}
 _folders: dict[str, Credentials] = {}
 
 
@@ -197,7 +198,24 @@ def shard_signatures(address: str, shards: Mapping[str, str]) -> dict[str, bytes
     """For the node at `address`: stage -> the signature over its shard's sha256, by the operator's key in this side's credentials; none where there is no such key."""
     access = access_to(address)
     key = None if isinstance(access, Plaintext) else access.signing_key
-    return {} if key is None else {stage: key.sign(SHARD, sha256) for stage, sha256 in shards.items()}
+    if key is not None:
+        return {stage: key.sign(SHARD, sha256) for stage, sha256 in shards.items()}
+    return {stage: _signatures[sha256] for stage, sha256 in shards.items() if sha256 in _signatures}
+
+
+def sign_shards(shards: Iterable[str]) -> dict[str, str]:
+    """For a bundle: sha256 of a shard's manifest -> signature in hex, by the key in this user's own credentials; empty where there is none."""
+    access = access_to("")
+    key = None if isinstance(access, Plaintext) else access.signing_key
+    return {} if key is None else {sha256: key.sign(SHARD, sha256).hex() for sha256 in shards}
+
+
+def know_signatures(signatures: Mapping[str, str]) -> None:
+    """What a bundle brought: it goes to the nodes, which check it, where this side has no key to sign with. Raises BadInput for what is not hex."""
+    try:
+        _signatures.update({sha256: bytes.fromhex(text) for sha256, text in signatures.items()})
+    except ValueError as error:
+        raise BadInput(f"a signature is not hexadecimal: {error}", remedy="make the bundle again") from None
 
 
 def use_access(access: AccessLike | None) -> None:

@@ -17,11 +17,13 @@ def readme(repository: Path) -> str:
 
 def _unknown_options(line: str) -> list[str]:
     """The options of a `splitnet COMMAND ...` line that the command does not have."""
-    match = re.match(r"(?:\s*\w+\$)?\s*splitnet (\w+)([^#(|>]*)", line)
+    match = re.match(r"(?:\s*\w+\$)?\s*splitnet (\w+)([^#(|>&]*)", line)
     if match is None or match[1] not in SUMMARIES:
         return []
     command = cli.get_command(click.Context(cli), match[1])
     assert command is not None
+    if isinstance(command, click.Group):
+        command = command.commands[match[2].split()[0]]
     known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
     return [option for option in re.findall(r"(?<!\S)--?[a-z][\w-]*", match[2]) if option not in known]
 
