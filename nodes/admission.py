@@ -52,6 +52,11 @@ class Admission:
         self._of_client[client] = own
         self.in_flight += 1
 
+    def take_over(self, client: Hashable) -> None:
+        """A request that was admitted elsewhere: never refused."""
+        self._of_client[client] += 1
+        self.in_flight += 1
+
     def leave(self, client: Hashable, service_s: float | None) -> None:
         """`service_s`: from admission to the answer; None for a request that failed, which says nothing about the speed."""
         self.in_flight -= 1

@@ -29,7 +29,7 @@ class Carrier(Protocol):
 
 class Call(Holder):
     """`client_id` is the id that the client chose, `priority` 0 to 9. `rows` and `kind` are known once all inputs are there: see
-    `nodes.line.Waiting`."""
+    `nodes.line.Waiting`. `inputs` are kept until it has ended: what is lost with a node is sent again."""
 
     __slots__ = (
         "_gathered",
@@ -38,6 +38,7 @@ class Call(Holder):
         "client_id",
         "inputs",
         "kind",
+        "losses",
         "priority",
         "received",
         "requests",
@@ -65,12 +66,20 @@ class Call(Holder):
         self.symbols: dict[str, int] = {}  # sizes that the inputs agreed on
         self.inputs: dict[str, np.ndarray] = {}
         self.received = False  # the client has sent all of it
+        self.losses = 0  # how often what was under way of it was lost with a node
         self.rows = 1
         self.kind: Hashable = None
         self.requests: set[Request] = set()  # that carry rows of it now
         self.awaited = set(deployment.outputs)  # values that make up the answer and have not all arrived
         self.timer: asyncio.TimerHandle | None = None
         self._gathered: dict[str, tuple[np.ndarray, int]] = {}  # values of which some rows are there, and how many are missing
+
+    def restart(self, deployment: Deployment) -> None:
+        """From its inputs, as if nothing of it had been answered."""
+        self.deployment, self.awaited = deployment, set(deployment.outputs)
+        for value in self._gathered:
+            self.free((CLIENT, "gathered", value))
+        self._gathered.clear()
 
     def gather(self, value: str, axis: int, first: int, rows: np.ndarray) -> np.ndarray | None:
         """Puts some rows of a value in their place; the whole once all are there. Raises Overloaded where the node has no room."""
@@ -125,6 +134,15 @@ class Calls:
         client.add(client_id, call)
         call.timer = self._loop.call_at(deadline_s, self._expired, call)
         return call
+
+    def move(self, call: Call, deployment: Deployment) -> None:
+        """Nothing of it is under way: another generation answers it."""
+        before = call.deployment
+        before.line.remove(call)
+        before.admission.leave(call.client, None)
+        deployment.admission.take_over(call.client)
+        call.restart(deployment)
+        self._ended(before)
 
     def answered(self, call: Call) -> None:
         self._end(call, "answered", self._loop.time() - call.started_s)

@@ -43,6 +43,30 @@ __all__ = ["node"]
     default=None,
     help="The folder with this node's certificate (`splitnet certs issue`): mutual TLS.  [default: for an address that other machines reach, SPLITNET_CERTS, else ~/.config/splitnet/certs]",
 )
+@click.option(
+    "--heartbeat",
+    type=click.FloatRange(0),
+    default=0.1,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often this node and those it sends to say that they are there; 0: never.",
+)
+@click.option(
+    "--patience",
+    type=click.FloatRange(0),
+    default=0.4,
+    show_default=True,
+    metavar="SECONDS",
+    help="After how long a silence another node is taken for lost, on a steady link; on one that is not, up to ten times as long.",
+)
+@click.option(
+    "--recovery",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long requests wait for a lost node to come back, where no standby takes its place and nobody brings another plan.",
+)
 @click.option("--insecure", is_flag=True, help="Allow an address that other machines reach, without encryption or authentication.")
 @click.option(
     "--log-level",
@@ -65,6 +89,9 @@ def node(
     max_tensor: str,
     buffer: str,
     drain: float,
+    heartbeat: float,
+    patience: float,
+    recovery: float,
     certs: Path | None,
     insecure: bool,
     log_level: str,
@@ -87,6 +114,7 @@ def node(
     from nodes.logs import get_log, set_up_logs
     from nodes.memory import keep_buffers
     from nodes.server import serve
+    from splitnet.heartbeat import Heartbeat
 
     certs = certs or find_certs(listen, insecure)
     given = {"name": name or (name_in(certs) if certs is not None else None), "threads": threads}
@@ -98,6 +126,8 @@ def node(
         max_tensor_bytes=parse_bytes(max_tensor),
         buffer_bytes=parse_bytes(buffer),
         drain_s=drain,
+        heartbeat=Heartbeat(heartbeat, patience, 10 * patience),
+        recovery_s=recovery,
         insecure=insecure,
         certs=certs,
         log_level=log_level,

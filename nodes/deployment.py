@@ -17,6 +17,7 @@ from nodes.link import Link
 from splitnet.batching import BatchAxes
 from splitnet.generations import FIRST, parse_key
 from splitnet.plan import CLIENT, NodeRef, Plan, StageSpec
+from splitnet.standby import followers
 from splitnet.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -73,8 +74,12 @@ class Deployment:
     stages: Mapping[str, Stage]
     admission: Admission
     links: Mapping[str, Link] = field(default_factory=dict)
+    standby: Mapping[str, Stage] = field(default_factory=dict)  #: stages of other nodes that are ready here, should one of those be lost
+    paused: bool = False  #: at the ingress: calls wait, for a node was lost and there is hope
+    heir: Deployment | None = None  #: at the ingress: the generation that has taken over its calls
     draining: bool = False  #: it is being unloaded here
     stopping: set[str] = field(default_factory=set)  #: at the ingress: nodes that were asked to stop and finish what was admitted
+    closing: set[str] = field(default_factory=set)  #: those of them in whose place there is nobody
     released: asyncio.Event = field(default_factory=asyncio.Event)  #: elsewhere: the ingress needs nothing more of this node
     gone: asyncio.Event = field(default_factory=asyncio.Event)  #: it has been unloaded here
 
@@ -83,6 +88,7 @@ class Deployment:
         self.generation = self.generation or FIRST
         self.ingress = self.plan.ingress
         self.is_ingress = self.node == self.ingress
+        self.follows = self.node.name in followers(self.plan)  # this node becomes the ingress when that is lost
         self.inputs = {spec.name: spec for spec in self.plan.inputs}
         self.input_routes = routes(self.plan, CLIENT)
         self.line: Line[Call] = Line(self.plan.batching)  # at the ingress
@@ -113,24 +119,45 @@ class Deployment:
 
     @property
     def reserved_bytes(self) -> int:
-        return sum(stage.reserved_bytes for stage in self.stages.values())
+        return sum(stage.reserved_bytes for stage in self.held.values())
+
+    @property
+    def newest(self) -> Deployment:
+        """Itself, or whoever has taken over its calls."""
+        return self if self.heir is None else self.heir.newest
+
+    @property
+    def is_next(self) -> bool:
+        """Whether it is for this node to follow the ingress: the others before it are gone, too."""
+        order = followers(self.plan)
+        before = order[: order.index(self.node.name)] if self.follows else order
+        return self.follows and not any(link.connected for name, link in self.links.items() if name in before)
+
+    @property
+    def held(self) -> dict[str, Stage]:
+        """All that is loaded here."""
+        return {**self.stages, **self.standby}
 
     def forget_engines(self) -> None:
         """In the compute thread, so that what torch holds is freed where it was made."""
-        self.stages = {}
+        for stage in self.held.values():
+            if len(stage.sessions):  # another generation may go on with the engine
+                stage.sessions.close_all(stage.engine)
+        self.stages, self.standby = {}, {}
 
     def stages_on(self, node: str) -> str:
         """For messages: the stages that `node` serves."""
         return ", ".join(stage.name for stage in self.plan.stages if stage.node == node)
 
     def neighbours(self) -> tuple[NodeRef, ...]:
-        """The nodes to which this one needs a link: the ingress watches and tells all of them; the others pass values on, and report
-        to the ingress."""
-        if self.is_ingress:
-            names = {stage.node for stage in self.plan.stages}
+        """The nodes to which this one needs a link: the ingress, and whoever may follow it, watches and tells all of them; the others pass values on, and report
+        to the ingress. Links to those that may take over are there before they are needed."""
+        if self.is_ingress or self.follows:
+            names = {name for stage in self.plan.stages for name in (stage.node, *stage.replicas)}
         else:
-            names = {route.node for stage in self.stages.values() for targets in stage.routes.values() for route in targets}
-            names.add(self.ingress.name)
+            targets = {route.stage for stage in self.held.values() for routes in stage.routes.values() for route in routes} - {CLIENT}
+            targets.add(self.plan.stages[0].name)  # the ingress's
+            names = {name for target in targets for name in (self.plan.stage(target).node, *self.plan.stage(target).replicas)}
         return tuple(node for node in self.plan.nodes if node.name in names and node != self.node)
 
 

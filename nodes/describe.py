@@ -21,6 +21,7 @@ from splitnet.codecs import codec_names
 from splitnet.generation_plan import Generation
 from splitnet.machine import machine_id, processor_name, usable_processors
 from splitnet.rpc.v1 import node_pb2 as pb
+from splitnet.standby import followers
 from splitnet.tensors import TensorSpec
 
 __all__ = ["Describer"]
@@ -42,6 +43,7 @@ class Describer:
         shown.sort(key=lambda d: ledger.families.state(d) != "active")  # first, for clients that know no generations
         gone = [f for f in ledger.families if not f.generations and deployment in ("", f.name)]
         return pb.DescribeReply(
+            events=[pb.Event(**dataclasses.asdict(event)) for event in ledger.events],
             name=config.name,
             version=__version__,
             memory_limit_bytes=config.memory_bytes,
@@ -79,13 +81,14 @@ class Describer:
             outputs=_specs(output.spec for output in d.plan.outputs),
             max_in_flight=d.admission.limit,
             in_flight=self._ledger.in_flight(d),
-            stages=[_stage(stage) for stage in d.stages.values()],
+            stages=[_stage(stage, standby=name in d.standby) for name, stage in d.held.items()],
             model=d.plan.model,
             ingress_address=d.ingress.address,
             max_batch=d.plan.batching.max_batch,
             max_delay_s=d.plan.batching.max_delay_s,
             microbatch=d.plan.batching.microbatch,
             waiting=len(d.line),
+            followers=[d.plan.node(name).address for name in followers(d.plan)],
             generation=d.generation,
             state=state,
             share={"active": 1.0 - share, "canary": share}.get(state, 0.0),
@@ -94,7 +97,7 @@ class Describer:
             moved_to=family.ingress_address if family is not None and moved else "",
             plan_json=d.plan.to_json().encode() if plans else b"",
             generating=_generating(d, d.plan.generation) if d.plan.generation is not None and d.is_ingress else None,
-            shards={stage.spec.name: stage.shard for stage in d.stages.values()} if plans else {},
+            shards={stage.spec.name: stage.shard for stage in d.held.values()} if plans else {},
         )
 
 
@@ -123,7 +126,7 @@ def _moved(family: Family) -> pb.DeploymentStatus:
     return pb.DeploymentStatus(name=family.name, generation=family.active, state="moved", moved_to=family.address)
 
 
-def _stage(s: Stage) -> pb.StageStatus:
+def _stage(s: Stage, *, standby: bool) -> pb.StageStatus:
     return pb.StageStatus(
         name=s.spec.name,
         engine=s.engine.name,
@@ -136,6 +139,7 @@ def _stage(s: Stage) -> pb.StageStatus:
         send_s=s.send_s,
         reserved_bytes=s.reserved_bytes,
         queued=s.queued,
+        standby=standby,
     )
 
 

@@ -17,13 +17,14 @@ from nodes.outbox import EncodedTensor, Parcel
 from nodes.pace import Passage
 from nodes.pipeline import Pipeline
 from nodes.requests import Request, RequestKey
-from splitnet.errors import BadInput, EngineFailure, InsufficientMemory, Overloaded, SplitnetError
+from splitnet.errors import BadInput, EngineFailure, InsufficientMemory, NodeUnavailable, Overloaded, SplitnetError
 from splitnet.plan import CLIENT
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.tensors import aligned_empty
 
 __all__ = ["Dispatcher"]
 
+_MOST_LOSSES = 16
 _KEPT = 40  # characters of the client's id that stand in the nodes' own, for people who read logs
 
 #: What one bad input may do to all that it was joined with, and what a smaller batch may be spared.
@@ -49,17 +50,18 @@ class _Batch:
         return any(part.call.live for part in self.parts)
 
     def take_output(self, request: Request, value: str, array: np.ndarray) -> None:
-        """A whole call's goes to its client at once; else all of them wait for the last, so that a batch that failed can be sent again."""
+        """All of them wait for the last: nothing goes to a client of what may yet be lost and computed again."""
         request.awaited.discard(value)
+        self.outputs[value] = array
+        if request.awaited:
+            return
         if self.one_whole_call:
-            request.free((CLIENT, value))
-            self._dispatcher.answer(self.parts[0].call, value, array)
+            for name, whole in self.outputs.items():
+                request.free((CLIENT, name))
+                self._dispatcher.answer(self.parts[0].call, name, whole)
         else:
-            self.outputs[value] = array
-        if not request.awaited:
-            if not self.one_whole_call:
-                self._dispatcher.share(self)
-            self._dispatcher.complete(request)
+            self._dispatcher.share(self)
+        self._dispatcher.complete(request)
 
     def ended(self, request: Request, error: SplitnetError | None) -> None:
         self._dispatcher.ended(self, request, error)
@@ -86,17 +88,20 @@ class Dispatcher:
                 (*a.shape[:axis], *a.shape[axis + 1 :]) for a, axis in ((call.inputs[n], axes.inputs[n]) for n in axes.inputs)
             )
         call.deployment.line.add(call, self._loop.time())
-        self._advance(call.deployment)
+        self.advance(call.deployment)
 
-    def _advance(self, deployment: Deployment) -> None:
-        """Keeps the pipeline full."""
+    def advance(self, deployment: Deployment) -> None:
+        """Keeps the pipeline full, unless it lacks a node."""
+        deployment = deployment.newest
+        if deployment.paused:
+            return
         line, pace = deployment.line, deployment.admission.pace
         while pace.has_room(now_s := self._loop.time()):
             wait_s = line.wait_s(now_s)
             if wait_s is None:
                 return
             if wait_s > 0:
-                deployment.wake(self._loop.call_later(wait_s, self._advance, deployment))
+                deployment.wake(self._loop.call_later(wait_s, self.advance, deployment))
                 return
             self._send(deployment, line.take(now_s), pace.enter(now_s))
 
@@ -111,13 +116,11 @@ class Dispatcher:
         self._pipeline.deliver(request, self._inputs(batch), deployment.input_routes, None)
 
     def _inputs(self, batch: _Batch) -> dict[str, np.ndarray]:
-        """A whole call's as they came; else rows in memory of their own, as if a client had sent just these."""
+        """A whole call's as they came; else rows in memory of their own, as if a client had sent just these. No engine writes to its
+        inputs, so they can be sent again."""
         first = batch.parts[0].call
         if batch.one_whole_call:
-            inputs, first.inputs = first.inputs, {}
-            for name in inputs:
-                first.free((CLIENT, name))
-            return inputs
+            return first.inputs
         axes = first.deployment.batch_axes
         assert axes is not None, "only what has a batch is joined or divided"
         return {
@@ -185,9 +188,11 @@ class Dispatcher:
             part.call.requests.discard(request)
         if error is not None:
             self._fail(batch, error)
-        self._advance(deployment)
+        self.advance(deployment)
 
     def _fail(self, batch: _Batch, error: SplitnetError) -> None:
+        if isinstance(error, NodeUnavailable) and self._send_again(batch):
+            return
         calls = {part.call: None for part in batch.parts if part.call.live}
         if len(batch.parts) > 1 and isinstance(error, _PERHAPS_ANOTHERS):
             self._ledger.log.info("a joined batch failed; each part is sent again alone", parts=len(batch.parts), error=error.message)
@@ -197,6 +202,21 @@ class Dispatcher:
             return
         for call in calls:
             self._calls.fail(call, error)
+
+    def _send_again(self, batch: _Batch) -> bool:
+        """What was lost with a node, where there is hope; a call that loses again and again fails."""
+        parts = [part for part in batch.parts if part.call.live]
+        if not parts or not self._ledger.recovery.hopeful(parts[0].call.deployment):
+            return False
+        for part in parts:
+            part.call.losses += 1
+        if any(part.call.losses > _MOST_LOSSES for part in parts):
+            return False
+        self._ledger.recovery.replayed(parts[0].call.deployment, len(parts))
+        for part in parts:
+            part.call.deployment.line.put_back(part)
+        self._ledger.recovery.switched(parts[0].call.deployment.family)  # it may have been meanwhile
+        return True
 
     def forsake(self, call: Call, reason: str) -> None:
         call.deployment.line.remove(call)

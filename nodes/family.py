@@ -27,7 +27,7 @@ class Family:
     share: float = 0.0
     kept: int = 0
     address: str = ""
-    entered_here: bool = False  #: it was this node that took the clients' requests, once
+    entered_here: bool = False  #: it was this node that took the clients' requests, once, or it would: clients are sent on
     _point: float = 0.0
 
     def state(self, generation: int) -> str:
@@ -97,7 +97,7 @@ class Families:
         self.deployments[deployment.name] = deployment
         if not wait:
             family.active = deployment.generation
-            family.entered_here = deployment.is_ingress
+            family.entered_here = deployment.is_ingress or deployment.follows
 
     def remove(self, deployment: Deployment) -> None:
         """It is gone. What is left of a family without generations: where the requests go now, if they came here once."""
@@ -153,7 +153,7 @@ class Families:
             family.kept = before if keep else 0
         family.active, family.address = generation, address
         family.canary, family.share = 0, 0.0
-        family.entered_here = family.entered_here or family.takes_requests
+        family.entered_here = family.entered_here or family.takes_requests or (found is not None and found.follows)
         return before
 
     def _try_out(self, family: Family, generation: int, share: float) -> None:

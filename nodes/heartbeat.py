@@ -23,7 +23,7 @@ class Pulses:
         self._process = process
         self._on_silent = on_silent
 
-    async def answer(self, beats: AsyncIterator[pb.Beat], sender: NodeRef) -> AsyncIterator[pb.Beat]:
+    async def answer(self, beats: AsyncIterator[pb.Beat], reply: Callable[[pb.Beat], Awaitable[None]], sender: NodeRef) -> None:
         """`sender`: without a name it is a client, which nobody waits for. Raises BadInput for figures that cannot be."""
         silence: Silence | None = None
         watching: asyncio.Task[None] | None = None
@@ -31,14 +31,14 @@ class Pulses:
             async for beat in beats:
                 if silence is not None:
                     silence.heard(time.monotonic())
-                    yield pb.Beat(number=beat.number)
+                    await reply(pb.Beat(number=beat.number))
                     continue
                 heartbeat = Heartbeat(beat.period_s, beat.patience_s, _MOST_TIMES * beat.patience_s)
                 silence = Silence(heartbeat)
                 silence.begin(time.monotonic())
                 if sender.name and heartbeat.period_s:
                     watching = asyncio.create_task(self._watch(sender, silence, heartbeat.period_s))
-                yield pb.Beat(number=beat.number, process=self._process)
+                await reply(pb.Beat(number=beat.number, process=self._process))
         finally:
             if watching is not None:
                 watching.cancel()

@@ -8,12 +8,13 @@ import re
 
 from nodes.calls import Call
 from nodes.clients import ClientStream
+from nodes.deployment import Deployment
 from nodes.dispatch import Dispatcher
 from nodes.generation.desk import TextDesk
 from nodes.ledger import Ledger
 from nodes.pipeline import Pipeline
 from splitnet.codecs import Buffer
-from splitnet.errors import AlreadyExists, BadInput, DeadlineExceeded, NodeUnavailable, ProtocolError, SplitnetError
+from splitnet.errors import AlreadyExists, BadInput, DeadlineExceeded, NodeUnavailable, Overloaded, ProtocolError, SplitnetError
 from splitnet.plan import CLIENT
 from splitnet.rpc.v1 import node_pb2 as pb
 
@@ -30,6 +31,7 @@ class Ingress:
         self._pipeline = pipeline
         self._dispatcher = Dispatcher(ledger, pipeline)
         self._desk = ledger.calls.carrier = TextDesk(ledger, pipeline, self._dispatcher)
+        self.advance, self.rejoin = self._dispatcher.advance, self._dispatcher.join_line
 
     async def receive(self, client: ClientStream, frame: pb.Frame, payload: Buffer) -> None:
         """A frame from a client. Raises ProtocolError where the stream makes no sense; what is wrong with one request is answered."""
@@ -81,7 +83,7 @@ class Ingress:
             raise NodeUnavailable(
                 "the node is being stopped and takes no new requests", remedy="try again once it has been started and deployed to"
             )
-        for node in deployment.stopping:
+        for node in deployment.closing:
             raise NodeUnavailable(
                 f"node {node!r} is stopping and takes no new requests",
                 remedy="start it again and deploy the plan again, or make a plan without it",
@@ -95,12 +97,25 @@ class Ingress:
         if frame.priority > _HIGHEST_PRIORITY:
             raise BadInput(f"priority is {frame.priority}", remedy=f"give 0 (usual) to {_HIGHEST_PRIORITY} (most urgent)")
         client.caller.admit(deployment.name)
-        deployment.admission.enter(client)
+        self._enter(deployment, client, frame.priority)
         call = self._calls.open(client, frame.request, deployment, frame.priority, self._ledger.deadline(frame.timeout_s))
         for link in deployment.links.values():
             if not link.connected:
                 link.hurry()  # and fail soon, if it cannot be
         return call
+
+    def _enter(self, deployment: Deployment, client: ClientStream, priority: int) -> None:
+        """Where there is no place, one that only waits, and is less urgent, makes room: the least urgent, and of those the last."""
+        try:
+            deployment.admission.enter(client)
+        except Overloaded as full:
+            waiting = [c for c in self._calls if c.deployment is deployment and not c.requests and c.priority < priority]
+            if not waiting:
+                raise
+            last = min(waiting, key=lambda call: (call.priority, -call.started_s))
+            message = f"a request of priority {priority} took its place: {full.message}"
+            self._calls.fail(last, Overloaded(message, remedy=full.remedy, retry_after_s=full.retry_after_s))
+            deployment.admission.enter(client)
 
     async def _take_input(self, call: Call, chunk: pb.TensorChunk, payload: Buffer) -> None:
         specs = call.deployment.inputs

@@ -65,7 +65,7 @@ class Installer:
         InsufficientMemory, NodeUnavailable (draining)."""
         plan = await asyncio.to_thread(Plan.from_json, plan_json)
         own = plan.node(node)
-        specs = [stage for stage in plan.stages if stage.node == node]
+        specs = list(plan.held_at(node))
         if not name or not specs:
             raise BadPlan("the deployment has no name" if not name else f"no stage of the plan is on node {node!r}")
         if parse_key(name)[1]:
@@ -101,6 +101,7 @@ class Installer:
     def switch(self, name: str, generation: int, share: float, address: str, *, keep: bool) -> int:
         """See `Families.switch`."""
         before = self._ledger.families.switch(name, generation, share, address, keep=keep)
+        self._ledger.recovery.switched(name)
         self._log.info("switched", deployment=name, before=before, generation=generation, share=share)
         return before
 
@@ -130,7 +131,7 @@ class Installer:
         self._ledger.families.remove(deployment)
         for link in deployment.links.values():
             await self._links.release(link)
-        engines = [_shelf_key(stage.shard, deployment.plan) for stage in deployment.stages.values()]
+        engines = [_shelf_key(stage.shard, deployment.plan) for stage in deployment.held.values()]
 
         def forget() -> None:
             deployment.forget_engines()
@@ -149,10 +150,10 @@ class Installer:
             return await asyncio.to_thread(self._store.delete, blobs, self._in_use())
 
     def _in_use(self) -> set[str]:
-        return {stage.shard for d in self._ledger.deployments.values() for stage in d.stages.values()}
+        return {stage.shard for d in self._ledger.deployments.values() for stage in d.held.values()}
 
     def _check_same(self, active: Deployment, plan: Plan, own: NodeRef, shards: Mapping[str, str]) -> None:
-        same = active.plan_sha256 == plan.sha256 and active.node == own and {s.spec.name: s.shard for s in active.stages.values()} == shards
+        same = active.plan_sha256 == plan.sha256 and active.node == own and {s.spec.name: s.shard for s in active.held.values()} == shards
         if not same:
             raise AlreadyExists(
                 f"deployment {active.name!r} is here already, with another plan",
@@ -182,7 +183,13 @@ class Installer:
             for spec in specs
         }
         deployment = Deployment(
-            name, plan, plan.sha256, own, stages, Admission(plan.max_in_flight, plan.prediction, plan.batching.max_batch)
+            name,
+            plan,
+            plan.sha256,
+            own,
+            {name: stage for name, stage in stages.items() if stage.spec.node == own.name},
+            Admission(plan.max_in_flight, plan.prediction, plan.batching.max_batch),
+            standby={name: stage for name, stage in stages.items() if stage.spec.node != own.name},
         )
         deployment.links = {node.name: self._links.take(own, node) for node in deployment.neighbours()}
         load_s = time.perf_counter() - started

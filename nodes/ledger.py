@@ -5,25 +5,40 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Protocol
 
 from nodes.admission import Buffers
 from nodes.calls import Calls
 from nodes.config import NodeConfig
 from nodes.deployment import Deployment
+from nodes.events import Events
 from nodes.family import Families
 from nodes.link import Link
 from nodes.logs import Log
 from nodes.requests import Owner, Request, RequestKey, Requests
-from splitnet.errors import NodeUnavailable, SplitnetError, UserError
+from splitnet.errors import NodeUnavailable, NotFound, SplitnetError, UserError
 from splitnet.plan import NodeRef
 
-__all__ = ["Ledger"]
+__all__ = ["Ledger", "Recovers", "node_gone"]
+
+
+class Recovers(Protocol):
+    """Who mends deployments that are entered here: see `nodes.recovery`."""
+
+    def link_down(self, link: Link, error: SplitnetError) -> None: ...
+    def link_up(self, link: Link) -> None: ...
+    def reported(self, deployment: Deployment, error: SplitnetError) -> None: ...
+    def switched(self, family: str) -> None: ...
+    def node_stops(self, deployment: Deployment, node: str) -> bool: ...
+    def hopeful(self, deployment: Deployment) -> bool: ...
+    def replayed(self, deployment: Deployment, calls: int) -> None: ...
 
 
 class Ledger:
     """Whoever ends a request does it here, once: what it holds on this node is freed at that moment, and the other nodes are told
     (by the ingress) or the ingress is (by the others). To be used in the event loop."""
 
+    recovery: Recovers  #: set by it
     forget_sessions: Callable[
         [Deployment], None
     ]  #: set by the pipeline: the ingress of a decoder model knows none of its sessions any more
@@ -37,6 +52,7 @@ class Ledger:
         self.requests = Requests()
         self.buffers = Buffers(config.buffer_bytes)
         self.calls = Calls(log, self.buffers, self._one_less)
+        self.events = Events(log)
         self.draining = False
         self._ended = asyncio.Event()
         self._senders: dict[NodeRef, object] = {}
@@ -71,10 +87,12 @@ class Ledger:
     def _one_less(self, deployment: Deployment) -> None:
         self._ended.set()
         if deployment.stopping:
-            self._release_if_empty(deployment)
+            self.release_if_empty(deployment)
 
     def in_flight(self, deployment: Deployment | None = None) -> int:
         """Of one deployment, or of all: what clients wait for at their ingress, elsewhere what is under way."""
+        if deployment is not None and deployment.heir is not None:  # whose calls these are now
+            return self.requests.count(deployment)
         return self.calls.count(deployment) + sum(
             request.owner is None and deployment in (None, request.deployment) for request in self.requests
         )
@@ -115,6 +133,8 @@ class Ledger:
     def failed_elsewhere(self, key: RequestKey, error: SplitnetError) -> None:
         request = self.requests.get(key)
         if request is not None:
+            if request.owner is not None and isinstance(error, NodeUnavailable):
+                self.recovery.reported(request.deployment, error)
             self.fail(request, error)
 
     def _tell_others(self, request: Request, reason: str) -> None:
@@ -179,13 +199,16 @@ class Ledger:
         if known is not None and known.is_ingress and node in known.links:
             self.log.info("node stops", node=node, deployment=deployment, in_flight=self.in_flight(known))
             known.stopping.add(node)
-            self._release_if_empty(known)
+            if known.plan.stages_at(node) and not self.recovery.node_stops(known, node):
+                known.closing.add(node)
+            self.release_if_empty(known)
 
     def released(self, deployment: str) -> None:
         if (known := self.deployments.get(deployment)) is not None:
             known.released.set()
 
-    def _release_if_empty(self, deployment: Deployment) -> None:
+    def release_if_empty(self, deployment: Deployment) -> None:
+        """Lets nodes go that have said that they stop."""
         if not self.in_flight(deployment):
             for node in deployment.stopping:
                 deployment.links[node].send_released(deployment.name, deployment.ingress.name)
@@ -194,6 +217,7 @@ class Ledger:
 
     def link_up(self, link: Link) -> None:
         """Connected, for the first time or again."""
+        self.recovery.link_up(link)
 
     def link_down(self, link: Link, error: SplitnetError, lost: list[RequestKey]) -> None:
         """The ingress fails everything that needs the node: it cannot know how far each request was. Another node reports what it may
@@ -201,22 +225,26 @@ class Ledger:
         for deployment in self.deployments.values():
             if deployment.links.get(link.target.name) is link:
                 deployment.stopping.discard(link.target.name)
+                deployment.closing.discard(link.target.name)
                 if link.target == deployment.ingress:
                     deployment.released.set()
+        self.recovery.link_down(link, error)
         may_be_lost = set(lost)
         for request in self.requests:
             deployment = request.deployment
             if deployment.links.get(link.target.name) is not link:
                 continue
+            if deployment.is_ingress and not deployment.plan.stages_at(link.target.name):
+                continue  # it only held something ready
             if deployment.is_ingress or (link.target != deployment.ingress and request.key in may_be_lost):
-                self.fail(request, _gone(deployment, link.target, error))
+                self.fail(request, node_gone(deployment, link.target, error))
             elif link.target == deployment.ingress:
                 self.end(request)
             may_be_lost.discard(request.key)
         for key in may_be_lost:  # sent from here to the last byte, and perhaps never received
             known = self.deployments.get(key.deployment)
             if known is not None and not known.is_ingress and link.target != known.ingress:
-                self.report(known, key, _gone(known, link.target, error))
+                self.report(known, key, node_gone(known, link.target, error))
 
     def refused(self, link: Link, key: RequestKey, error: SplitnetError) -> None:
         """The far side could not take what this node sent."""
@@ -224,6 +252,8 @@ class Ledger:
         if deployment is None:
             return
         error.at(node=link.target.name)
+        if isinstance(error, NotFound):  # it was started anew
+            error = NodeUnavailable(error.message, remedy=error.remedy, node=error.node)
         if deployment.is_ingress:
             self.failed_elsewhere(key, error)
         else:
@@ -253,7 +283,7 @@ class Ledger:
                 self.forget_sessions(deployment)
 
 
-def _gone(deployment: Deployment, node: NodeRef, error: SplitnetError) -> NodeUnavailable:
+def node_gone(deployment: Deployment, node: NodeRef, error: SplitnetError) -> NodeUnavailable:
     return NodeUnavailable(
         f"the connection to {node.address} is gone: {error.message}",
         remedy=f"start the node {node.name!r} again and deploy the plan again, or make a plan without it",

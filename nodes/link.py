@@ -62,7 +62,8 @@ class Link:
         self.process = ""  # which one was heard there last; "" while none was
         self._heartbeat = heartbeat
         self._silence = Silence(heartbeat)
-        self._fell_silent = False  # so the last connection ended
+        self.fell_silent = False  # so the last connection ended
+        self.was_up = False  # and not: another attempt has failed
         self._events = events
         self._log = log.bind(link=f"{source.name}->{target.name}", address=target.address)
         self._recent: OrderedDict[RequestKey, None] = OrderedDict()
@@ -211,17 +212,18 @@ class Link:
         """Until the far side is silent, which it raises as NodeUnavailable; for ever where it knows no heartbeat."""
         metadata = ((NAME_KEY, self.source.name), (ADDRESS_KEY, self.source.address))
         try:
-            await pulse(self.target.address, self._heartbeat, self._silence, metadata, self._heard_from)
+            channel = open_channel(self.target.address, node=self.target.name)
+            await pulse(channel, self.target.address, self._heartbeat, self._silence, metadata, self._heard_from)
         except SplitnetError:
-            self._fell_silent = True
+            self.fell_silent = self._silence.left_s(time.monotonic()) <= 0
             raise
         await asyncio.Event().wait()
 
     def _heard_from(self, process: str) -> None:
-        if self._fell_silent and process == self.process:
+        if self.fell_silent and process == self.process:
             self._silence.false_alarm(time.monotonic())
             self._log.info("it was there all the time; silence is believed later from now on")
-        self._fell_silent = False
+        self.fell_silent = False
         self.process = process
 
     async def _listen(self, call: FrameCall) -> None:
@@ -237,7 +239,7 @@ class Link:
     def _down(self, error: SplitnetError) -> None:
         if self.connected:
             self._log.warning("link down", error=error.message)
-        self.connected = False
+        self.connected, self.was_up = False, self.connected
         self.outbox.clear()
         lost = list(self._recent)
         self._recent.clear()

@@ -13,24 +13,22 @@ from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
+from nodes.calls import Call
 from nodes.deployment import Deployment
 from nodes.events import Events
 from nodes.installer import Installer
-from nodes.ledger import Ledger
+from nodes.ledger import Ledger, node_gone
 from nodes.link import Link
-from splitnet.channel import open_channel, stub, translated
-from splitnet.errors import AlreadyExists, NodeUnavailable, ServiceError, SplitnetError
-from splitnet.installation import switch_node, unload_node
+from nodes.mending import Mender
+from splitnet.errors import AlreadyExists, Moved, NodeUnavailable, ServiceError, SplitnetError
 from splitnet.plan import NodeRef, Plan
-from splitnet.rpc.v1 import node_pb2 as pb
-from splitnet.standby import followers, plan_without
+from splitnet.standby import plan_without
 
 __all__ = ["Recovery"]
 
-_WARM_S = 2.0  # a standby has everything loaded; one that takes longer is as good as lost
 _LOAD_S = 600.0  # a node that comes back reads its shards again
+_AGAIN_S = 1.0  # after a node that came back could not be reached
 _SETTLE_S = 0.1  # after something was reported lost between two other nodes, before it is sent again
-_BOTH_S = 10.0  # an ingress that was lost to this node, and not to its clients, goes on for so long
 _TWICE_S = 10.0  # a node that others report lost twice within that time is lost, though this one reaches it
 
 
@@ -41,6 +39,7 @@ class _Trouble:
     since_s: float
     lost: dict[str, SplitnetError] = field(default_factory=dict)
     tried: set[str] = field(default_factory=set)  # of the lost: those that cannot be reached, as a second look showed
+    unable: set[str] = field(default_factory=set)  # to take over, as was tried
     settle: bool = False  # others have reported a loss
     hopeless: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -48,13 +47,15 @@ class _Trouble:
 
 
 class Recovery:
-    """`advance`: sends what waits for a deployment."""
+    """`advance`: sends what waits for a deployment. `rejoin`: puts a whole call in its line."""
 
-    def __init__(self, ledger: Ledger, installer: Installer, advance: Callable[[Deployment], None]) -> None:
+    def __init__(self, ledger: Ledger, installer: Installer, advance: Callable[[Deployment], None], rejoin: Callable[[Call], None]) -> None:
         self.events: Events = ledger.events
         self._ledger = ledger
         self._installer = installer
+        self._mender = Mender(ledger, installer)
         self._advance = advance
+        self._rejoin = rejoin
         self._log = ledger.log
         self._troubles: dict[Deployment, _Trouble] = {}
         self._absent: dict[Deployment, set[str]] = {}  # nodes that may not hold it any more
@@ -70,6 +71,7 @@ class Recovery:
     def link_down(self, link: Link, error: SplitnetError) -> None:
         """Before the requests that it lost are failed."""
         node, was_up = link.target.name, link.was_up
+        self._forget_gone()
         if link.fell_silent or not was_up:
             for deployment in self._orphaned(link):
                 self._succeeding.add(deployment)
@@ -93,6 +95,8 @@ class Recovery:
     def link_up(self, link: Link) -> None:
         node = link.target.name
         for deployment in self._of(link):
+            if (trouble := self._troubles.get(deployment)) is not None:
+                trouble.unable.discard(node)
             if node in self._absent.get(deployment, ()):
                 self._spawn(self._take_in(deployment, link.target))
 
@@ -115,6 +119,13 @@ class Recovery:
         self._judge(deployment, trouble)
         trouble.changed.set()
 
+    def switched(self, family: str) -> None:
+        """Another generation takes the requests now: what waits for one that is not whole goes there."""
+        for deployment, trouble in list(self._troubles.items()):
+            if deployment.family == family and deployment.newest is deployment:
+                self._pass_on(deployment)
+                trouble.changed.set()
+
     def node_stops(self, deployment: Deployment, node: str) -> bool:
         """Whether somebody takes over before it goes; what is under way there is finished there."""
         if self._plan(deployment, {node}) is None:
@@ -127,7 +138,7 @@ class Recovery:
         self._watched_until_s[family] = self._ledger.loop.time() + (0.0 if hopeless else lease_s)
         lost = []
         for deployment, trouble in list(self._troubles.items()):
-            if deployment.family == family and self._is_current(deployment):
+            if deployment.family == family and deployment.newest is deployment:
                 lost += sorted(trouble.lost)
                 if hopeless and self._hope_s(deployment, trouble) <= 0:
                     self._fail(deployment, trouble, hopeless)
@@ -136,7 +147,7 @@ class Recovery:
 
     def hopeful(self, deployment: Deployment) -> bool:
         """Whether what was lost should wait to be sent again."""
-        deployment = _newest(deployment)
+        deployment = deployment.newest
         trouble = self._troubles.get(deployment)
         return not deployment.draining and (trouble is None or not trouble.hopeless)
 
@@ -151,6 +162,11 @@ class Recovery:
 
     # ---------------------------------------------------------------------------------------------------------------- judging
 
+    def _forget_gone(self) -> None:
+        here = set(self._ledger.deployments.values())
+        self._absent = {d: nodes for d, nodes in self._absent.items() if d in here}
+        self._ancestors = {d: numbers for d, numbers in self._ancestors.items() if d in here}
+
     def _of(self, link: Link) -> list[Deployment]:
         """Those that are entered here and need the link."""
         return [
@@ -158,11 +174,6 @@ class Recovery:
             for d in self._ledger.deployments.values()
             if d.is_ingress and d.heir is None and not d.draining and d.links.get(link.target.name) is link
         ]
-
-    @staticmethod
-    def _is_current(deployment: Deployment) -> bool:
-        """It has no heir."""
-        return deployment.heir is None
 
     def _orphaned(self, link: Link) -> list[Deployment]:
         """Those whose ingress the link leads to, and where it is for this node to follow it."""
@@ -174,16 +185,8 @@ class Recovery:
             and not d.draining
             and d not in self._succeeding
             and d.links.get(link.target.name) is link
-            and self._is_next(d)
+            and d.is_next
         ]
-
-    def _is_next(self, deployment: Deployment) -> bool:
-        """Among those that follow the ingress: the others before it are gone, too."""
-        order = followers(deployment.plan)
-        if deployment.node.name not in order:
-            return False
-        before = order[: order.index(deployment.node.name)]
-        return not any(link.connected for name, link in deployment.links.items() if name in before)
 
     def _begin(self, deployment: Deployment) -> _Trouble:
         trouble = self._troubles.get(deployment)
@@ -204,7 +207,7 @@ class Recovery:
     def _hope_s(self, deployment: Deployment, trouble: _Trouble) -> float:
         """For how long there is hope as things are; not positive: none."""
         now_s = self._ledger.loop.time()
-        if set(trouble.lost) - trouble.tried or trouble.settle or self._plan(deployment, trouble.tried) is not None:
+        if set(trouble.lost) - trouble.tried or trouble.settle or self._plan(deployment, trouble.tried | trouble.unable) is not None:
             return _LOAD_S
         patience_s = trouble.since_s + self._ledger.config.recovery_s - now_s
         return max(patience_s, self._watched_until_s.get(deployment.family, now_s) - now_s)
@@ -225,11 +228,11 @@ class Recovery:
     async def _recover(self, deployment: Deployment, trouble: _Trouble) -> None:
         """Until the deployment is whole, has an heir, or is gone."""
         try:
-            while self._is_current(deployment) and self._ledger.deployments.get(deployment.name) is deployment:
+            while deployment.newest is deployment and self._ledger.deployments.get(deployment.name) is deployment:
                 trouble.changed.clear()
                 if gone := trouble.tried & set(trouble.lost):
-                    await self._replace(deployment, gone)
-                    if not self._is_current(deployment):
+                    trouble.unable |= await self._replace(deployment, gone, trouble.unable)
+                    if deployment.newest is not deployment:
                         return
                 if trouble.settle:
                     await asyncio.sleep(_SETTLE_S)
@@ -246,7 +249,15 @@ class Recovery:
         finally:
             del self._troubles[deployment]
             deployment.paused = False
-            self._advance(_newest(deployment))
+            self._resume(deployment)
+
+    def _resume(self, deployment: Deployment) -> None:
+        """It is whole, or has an heir, or nothing helps."""
+        newest, generator = deployment.newest, deployment.generator
+        if generator is not None:
+            deployment.generator, newest.generator = None, generator
+            generator.resume(newest)
+        self._advance(newest)
 
     async def _something(self, trouble: _Trouble, hope_s: float) -> None:
         """Happens, or hope has ended."""
@@ -260,60 +271,32 @@ class Recovery:
         """All of its calls, by what is missing."""
         trouble.hopeless, deployment.paused = True, False
         node, first = next(iter(trouble.lost.items()))
-        where = deployment.links[node].target
-        remedy = f"start the node {node!r} again and deploy the plan again, or make a plan without it"
-
-        def error() -> SplitnetError:
-            missing = reason or f"the connection to {where.address} is gone: {first.message}"
-            return NodeUnavailable(missing, remedy=remedy, node=node, stage=deployment.stages_on(node))
-
         for call in self._ledger.calls:
             if call.deployment is deployment:
-                self._ledger.calls.fail(call, error())
+                error = node_gone(deployment, deployment.links[node].target, first)
+                error.message = reason or error.message
+                self._ledger.calls.fail(call, error)
 
-    async def _replace(self, deployment: Deployment, gone: Collection[str]) -> None:
-        """The next generation, without those nodes, takes over. Leaves no heir where nobody can."""
-        without = set(gone)
+    async def _replace(self, deployment: Deployment, gone: Collection[str], unable: Collection[str] = ()) -> set[str]:
+        """The next generation, without those nodes, takes over. Leaves no heir where nobody can. Returns those that could not."""
+        without = {*gone, *unable}
         generation = max(d.generation for d in self._ledger.deployments.values() if d.family == deployment.family)
         while (plan := self._plan(deployment, without)) is not None and deployment.heir is None:
             generation += 1
             alive = [n for n in plan.used_nodes if n.name not in without and (n == deployment.node or deployment.links[n.name].connected)]
             try:
-                failed = await self._activate(deployment, plan, generation, alive)
+                failed = await self._mender.activate(deployment, plan, generation, alive)
             except AlreadyExists:  # some node knows more generations than this one
                 continue
-            if not failed:
-                self._hand_over(deployment, generation, set(gone) | without, alive)
-                return
-            without |= failed
-
-    async def _activate(self, deployment: Deployment, plan: Plan, generation: int, nodes: list[NodeRef]) -> set[str]:
-        """Loads the generation at those nodes, its ingress last; returns those that serve a stage of it and failed to."""
-        others = [node for node in nodes if node != deployment.node]
-        outcomes = await asyncio.gather(
-            *(self._activate_at(node, deployment.family, plan, generation, _WARM_S) for node in others), return_exceptions=True
-        )
-        failed = set()
-        for node, outcome in zip(others, outcomes, strict=True):
-            if isinstance(outcome, BaseException):
-                if not isinstance(outcome, SplitnetError) or isinstance(outcome, AlreadyExists):
-                    raise outcome
-                self._log.warning("a node could not take over", about=node.name, error=outcome.message)
-                if plan.stages_at(node.name):
-                    failed.add(node.name)
-        if not failed:
-            await self._installer.activate(
-                deployment.family, plan.to_json().encode(), deployment.node.name, {}, generation=generation, wait=True
-            )
-        return failed
-
-    async def _activate_at(self, node: NodeRef, family: str, plan: Plan, generation: int, timeout_s: float) -> None:
-        request = pb.ActivateRequest(
-            deployment=family, plan_json=plan.to_json().encode(), node=node.name, generation=generation, wait=generation > 1
-        )
-        async with open_channel(node.address, node=node.name) as channel:
-            with translated(node.address):
-                await stub(channel).Activate(request, timeout=timeout_s)
+            except SplitnetError as error:
+                self._log.warning("this node could not take over", error=error.message)
+                failed = {deployment.node.name}
+            serving = {name for name in failed if plan.stages_at(name)}
+            if not serving:
+                self._hand_over(deployment, generation, without, [node for node in alive if node.name not in failed])
+                break
+            without |= serving
+        return without - set(gone)
 
     def _hand_over(self, deployment: Deployment, generation: int, gone: Collection[str], alive: list[NodeRef]) -> None:
         """The calls of the old generation become the new one's; what is under way is finished, or lost and sent again."""
@@ -331,29 +314,34 @@ class Recovery:
         family.kept = kept  # what an update may go back to is another matter
         self._ancestors[heir] = [*self._ancestors.pop(deployment, []), deployment.generation]
         held = {node.name for node in heir.plan.used_nodes}
-        self._absent[heir] = (set(gone) | self._absent.pop(deployment, set())) & held
+        self._absent[heir] = held - {node.name for node in alive}
+        self._absent.pop(deployment, None)
         places = ", ".join(f"{s.name} at {s.node}" for s in heir.plan.stages if s.node != deployment.plan.stage(s.name).node)
         self.events.add("replaced", node=", ".join(sorted(gone)), deployment=heir.name, text=f"{places}; {moved} requests wait")
-        self._spawn(self._retire(deployment, heir, alive))
+        self._spawn(self._mender.retire(deployment, heir, alive))
         for link in heir.links.values():  # it may have come back, or gone, while the others were asked
             if link.connected and link.target.name in self._absent[heir]:
                 self._spawn(self._take_in(heir, link.target))
             elif not link.connected and heir.plan.stages_at(link.target.name):
                 self.link_down(link, NodeUnavailable(f"no connection to {link.target.address}"))
 
-    async def _retire(self, old: Deployment, heir: Deployment, nodes: list[NodeRef]) -> None:
-        """Of no consequence for the calls: status says the truth everywhere, and memory is given back."""
-        if heir.ingress != old.ingress:
-            await asyncio.sleep(_BOTH_S)
-        await self._installer.unload(old.family, self._ledger.config.drain_s, delete_blobs=False, generation=old.generation)
-        address = heir.ingress.address
-        for node in nodes:
-            if node != heir.node:
-                try:
-                    await switch_node(node.address, heir.family, heir.generation, 1.0, address, keep=False)
-                    await unload_node(node.address, old.family, generation=old.generation)
-                except SplitnetError as error:
-                    self._log.info("an old generation may still be there", about=node.name, error=error.message)
+    def _pass_on(self, deployment: Deployment) -> None:
+        """Its calls go to the active generation, where that is another one: here, or at another ingress, to which clients are sent."""
+        family = self._ledger.families.get(deployment.family)
+        if family is None or family.active == deployment.generation:
+            return
+        heir = family.generations.get(family.active)
+        here = heir is not None and heir.is_ingress
+        for call in self._ledger.calls:
+            if call.deployment is not deployment or call.requests:
+                continue
+            if here and heir is not None:
+                self._ledger.calls.move(call, heir)
+                if call.received:
+                    self._rejoin(call)
+            elif family.ingress_address:
+                where = family.ingress_address
+                self._ledger.calls.fail(call, Moved("another plan takes its place", address=where, remedy=f"connect to {where}"))
 
     async def _succeed(self, deployment: Deployment) -> None:
         """This node becomes the ingress. Should the old one be there all the same, both serve until it hears of it; no request is in both."""
@@ -365,26 +353,28 @@ class Recovery:
     async def _relieve(self, deployment: Deployment, node: str) -> None:
         """Before a node goes that has said so."""
         await self._replace(deployment, {node})
+        self._ledger.release_if_empty(deployment)
 
     async def _take_in(self, deployment: Deployment, node: NodeRef) -> None:
-        """A node is there again: it gets its stages, from its own disk and by their hashes."""
-        trouble = self._troubles.get(deployment)
+        """A node is there again: it gets its stages, from its own disk and by their hashes. Tried again until it is gone, or not wanted."""
         try:
-            await self._activate_at(node, deployment.family, deployment.plan, deployment.generation, _LOAD_S)
-            if deployment.generation > 1:
-                await switch_node(node.address, deployment.family, deployment.generation, 1.0, deployment.ingress.address, keep=False)
-            for generation in self._ancestors.get(deployment, []):
-                await unload_node(node.address, deployment.family, self._ledger.config.drain_s, generation=generation)
+            await self._mender.give(node, deployment, self._ancestors.get(deployment, ()))
         except ServiceError as error:
             self._log.info("a node that came back could not be reached", about=node.name, error=error.message)
+            await asyncio.sleep(_AGAIN_S)
+            link = deployment.links.get(node.name)
+            if deployment.newest is deployment and not deployment.draining and link is not None and link.connected:
+                await self._take_in(deployment, node)
             return
         except SplitnetError as error:  # it has lost its shards, say: only a new deployment helps
             self._log.warning("a node that came back cannot serve", about=node.name, error=error.message)
+            trouble = self._troubles.get(deployment)
             if trouble is not None and node.name in trouble.lost:
                 trouble.lost[node.name] = error
                 trouble.tried.add(node.name)
                 trouble.changed.set()
             return
+        trouble = self._troubles.get(deployment)
         self._absent.get(deployment, set()).discard(node.name)
         self.events.add("back", node=node.name, deployment=deployment.name, text="its stages are loaded")
         if trouble is not None and trouble.lost.pop(node.name, None) is not None:
@@ -400,9 +390,3 @@ class Recovery:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._log.error("recovery failed", error=f"{type(error).__name__}: {error}")
-
-
-def _newest(deployment: Deployment) -> Deployment:
-    while deployment.heir is not None:
-        deployment = deployment.heir
-    return deployment

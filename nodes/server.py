@@ -26,6 +26,7 @@ from nodes.ledger import Ledger
 from nodes.link import Links
 from nodes.logs import Log
 from nodes.pipeline import Pipeline
+from nodes.recovery import Recovery
 from nodes.servicer import SERVICE, Servicer, add_to_server
 from nodes.store import BlobStore
 from splitnet.channel import SERVER_OPTIONS
@@ -80,8 +81,9 @@ class NodeServer:
         self._links = Links(self.ledger, log, config.heartbeat)
         ingress = Ingress(self.ledger, pipeline)
         installer = Installer(self.ledger, store, self.compute, self._links)
+        self._recovery = Recovery(self.ledger, installer, ingress.advance, ingress.rejoin)
         self._servicer = Servicer(
-            self.ledger, pipeline, ingress, installer, Describer(self.ledger, installer, self._links), store, self.compute,
+            self.ledger, pipeline, ingress, installer, self._recovery, Describer(self.ledger, installer, self._links), store, self.compute,
             self._certificates,
         )  # fmt: skip
         self._health = health.aio.HealthServicer()
@@ -126,6 +128,7 @@ class NodeServer:
         if cancelled:
             self._log.warning("requests failed: the node was stopped", requests=cancelled)
             await asyncio.sleep(_LAST_BYTES_S)
+        await self._recovery.close()
         await self._servicer.end_streams(NodeUnavailable("the node was stopped", remedy=_REMEDY, node=self.config.name))
         await self._links.close()
         await self._server.stop(_LAST_BYTES_S)
@@ -138,6 +141,7 @@ class NodeServer:
 
     async def abandon(self) -> None:
         """Lets go of everything, and tells nobody."""
+        await self._recovery.close()
         await self._certificates.close()
         await self._links.close()
         await self._server.stop(None)

@@ -29,6 +29,7 @@ from nodes.link import ADDRESS_KEY, NAME_KEY
 from nodes.measuring import Measurer
 from nodes.pipeline import Pipeline
 from nodes.receiving import receive_blob
+from nodes.recovery import Recovery
 from nodes.requests import RequestKey
 from nodes.store import BlobStore
 from splitnet.channel import abort_with, from_failure, to_failure
@@ -43,6 +44,7 @@ __all__ = ["SERVICE", "Servicer", "add_to_server"]
 SERVICE = pb.DESCRIPTOR.services_by_name["Node"].full_name
 
 _LONGEST_NAME = 100
+_LONGEST_LEASE_S = 600.0
 _MAX_BACKLOG = 1000  # failures that wait to be sent to one client
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Reply = TypeVar("Reply")
@@ -55,6 +57,7 @@ class Servicer(NodeServicer):
         pipeline: Pipeline,
         ingress: Ingress,
         installer: Installer,
+        recovery: Recovery,
         describer: Describer,
         store: BlobStore,
         compute: ComputeThread,
@@ -64,6 +67,7 @@ class Servicer(NodeServicer):
         self._pipeline = pipeline
         self._ingress = ingress
         self._installer = installer
+        self._recovery = recovery
         self._describer = describer
         self._store = store
         self._certificates = certificates
@@ -132,12 +136,19 @@ class Servicer(NodeServicer):
                 del self._forwards[sender]
             self._ledger.sender_closed(sender, token)
 
-    async def Heartbeat(self, request_iterator: AsyncIterator[pb.Beat], context: Context) -> AsyncIterator[pb.Beat]:
+    async def Heartbeat(self, _: object, context: Context) -> None:  # type: ignore[override] # registered by `add_to_server`
+        """Answers beats until the stream ends."""
+        self._streams.add(context)
+
+        async def reply(beat: pb.Beat) -> None:
+            await context.write(beat.SerializeToString())
+
         try:
-            async for beat in self._pulses.answer(request_iterator, _sender(context)):
-                yield beat
+            await self._pulses.answer(_beats(context), reply, _sender(context))
         except SplitnetError as error:
             await abort_with(context, error.at(node=self._ledger.config.name))
+        finally:
+            self._streams.discard(context)
 
     async def _fell_silent(self, sender: NodeRef, reason: SplitnetError) -> None:
         """Whatever it sent is given up; should it be there after all, it hears so and begins anew."""
@@ -215,6 +226,13 @@ class Servicer(NodeServicer):
 
         return await self._guarded(context, act)
 
+    async def Watch(self, request: pb.WatchRequest, context: Context) -> pb.WatchReply:
+        async def act() -> pb.WatchReply:
+            lease_s = min(max(request.lease_s, 0.0), _LONGEST_LEASE_S)
+            return pb.WatchReply(lost=self._recovery.watched(request.deployment, lease_s, request.hopeless))
+
+        return await self._guarded(context, act)
+
     async def Unload(self, request: pb.UnloadRequest, context: Context) -> pb.UnloadReply:
         async def act() -> pb.UnloadReply:
             drain_s = min(max(request.drain_s, 0.0), self._ledger.config.request_s)
@@ -268,6 +286,7 @@ def add_to_server(servicer: Servicer, server: grpc.aio.Server) -> None:
     }
     undecoded["Run"] = grpc.stream_stream_rpc_method_handler(servicer.Run)
     undecoded["Forward"] = grpc.stream_stream_rpc_method_handler(servicer.Forward)
+    undecoded["Heartbeat"] = grpc.stream_stream_rpc_method_handler(servicer.Heartbeat)
     server.add_registered_method_handlers(SERVICE, undecoded)  # take the place of the generated ones
 
 
@@ -316,6 +335,15 @@ async def _end(context: Context, reason: SplitnetError) -> None:
     # The first is how gRPC's abort returns; the others come where the far side has gone already.
     with contextlib.suppress(grpc.aio.AbortError, grpc.aio.UsageError, grpc.aio.InternalError):
         await abort_with(context, reason)
+
+
+async def _beats(context: Context) -> AsyncIterator[pb.Beat]:
+    """Raises BadInput for bytes that are not a beat."""
+    while isinstance(data := await context.read(), bytes):
+        try:
+            yield pb.Beat.FromString(data)
+        except DecodeError:
+            raise BadInput(f"{len(data)} bytes are not a Beat", remedy="run the same version of splitnet on both sides") from None
 
 
 async def _frames(context: Context) -> AsyncIterator[Message]:

@@ -288,6 +288,9 @@ def _flags(config: NodeConfig) -> list[str]:
         "--max-tensor": config.max_tensor_bytes,
         "--buffer": config.buffer_bytes,
         "--drain": config.drain_s,
+        "--heartbeat": config.heartbeat.period_s,
+        "--patience": config.heartbeat.patience_s,
+        "--recovery": config.recovery_s,
         "--log-level": config.log_level,
         "--announce": config.announce,
     }

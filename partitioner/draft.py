@@ -236,7 +236,8 @@ class Draft:
                 param_bytes=stage.param_bytes,
                 activation_bytes=stage.activation_bytes,
                 seconds=math.fsum(self.seconds[placement.order[stage.index], self.place[name]] for name in stage.executed),
-                **_ends(self.structure, stage.operators),
+                first=(ends := _ends(self.structure, stage.operators))[0],
+                last=ends[1],
             )
             for stage in layout.stages
         )
@@ -331,11 +332,11 @@ class Draft:
                 yield Placement(placement.order, stage_of)
 
 
-def _ends(structure: Structure, operators: Sequence[str]) -> dict[str, str]:
+def _ends(structure: Structure, operators: Sequence[str]) -> tuple[str, str]:
     """Where a stage begins and ends, for people: by its costly operators."""
     costly = [name for name in operators if not structure.vertex[name].cheap] or list(operators)
     first, last = structure.vertex[costly[0]], structure.vertex[costly[-1]]
-    return {"first": first.scope or first.name, "last": last.scope or last.name}
+    return first.scope or first.name, last.scope or last.name
 
 
 def _live_bytes(structure: Structure) -> list[int]:

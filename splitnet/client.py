@@ -12,7 +12,7 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,10 +20,13 @@ import grpc.aio
 import numpy as np
 
 from splitnet import channel
+from splitnet.batch_source import END, BatchSource
 from splitnet.deployment import Deployment, Inputs, as_arrays, choose
-from splitnet.errors import BadInput, DeadlineExceeded, Moved, Overloaded, SplitnetError
+from splitnet.errors import BadInput, DeadlineExceeded, Moved, NodeUnavailable, Overloaded, SplitnetError
 from splitnet.exchange import HIGHEST_PRIORITY, Exchange
+from splitnet.failover import find_ingress
 from splitnet.generation import GenerateRequest, Stop, TextModel, as_prompt
+from splitnet.heartbeat import Heartbeat, Silence, pulse
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.security.credentials import AccessLike, as_access
 from splitnet.tensors import TensorSpec
@@ -33,7 +36,6 @@ __all__ = ["AsyncClient"]
 
 _RETRY_S = 0.05  #: when an overloaded node does not say when to come back
 _MOST_MOVES = 8  #: of one request, from node to node
-_END = object()
 
 
 class AsyncClient:
@@ -47,9 +49,10 @@ class AsyncClient:
     `splitnet.Credentials` makes of it; else those that are found (docs/security.md), and plaintext within this machine.
 
     Any number of tasks of one event loop may call at once; all requests share one connection. It is made at the first call (or on
-    `async with`). When it breaks, the requests under way fail with NodeUnavailable and are not sent again by themselves, because
-    whether they were computed is not known; the next call connects anew and asks the node again what it serves. After a failed attempt
-    calls fail at once for up to a second before the next attempt.
+    `async with`). When it breaks, or nothing is heard from the node for 0.4 s, and the plan names who follows the ingress (replicas of its
+    first stage), requests go there by themselves, under the ids that they had, within their time: they may be computed a second time, and are
+    answered once. Where nobody follows, the requests under way fail with NodeUnavailable; the next call connects anew and asks the node
+    again what it serves. After a failed attempt calls fail at once for up to a second before the next attempt.
     """
 
     def __init__(self, address: str, deployment: str = "", *, timeout_s: float = 60.0, credentials: AccessLike | None = None) -> None:
@@ -62,6 +65,8 @@ class AsyncClient:
         self._exchange: Exchange | None = None
         self._connecting = asyncio.Lock()
         self._closed = False
+        self._heartbeat = Heartbeat()
+        self._silence = Silence(self._heartbeat)
         self._leaving: set[asyncio.Task[Any]] = set()  # connections to where the requests went before
         self._requests = (f"{secrets.token_hex(8)}-{number}" for number in itertools.count())
 
@@ -83,20 +88,24 @@ class AsyncClient:
         """
         _check_priority(priority)
         limit_s = self.timeout_s if timeout_s is None else _positive(timeout_s)
-        deadline, moves = time.monotonic() + limit_s, 0
+        deadline, moves, request = time.monotonic() + limit_s, 0, next(self._requests)
         async with self._limit(limit_s):
             while True:
                 exchange, deployment = await self._connected()
                 arrays = as_arrays(inputs, deployment.inputs, deployment.max_tensor_bytes)
                 outputs = [spec.name for spec in deployment.outputs]
                 try:
-                    return await exchange.ask(next(self._requests), deployment.name, arrays, outputs, deadline, priority)
+                    return await exchange.ask(request, deployment.name, arrays, outputs, deadline, priority)
                 except Overloaded as busy:
                     wait_s = busy.retry_after_s or _RETRY_S
                     if not retry or time.monotonic() + wait_s >= deadline:
                         raise
                 except Moved as moved:
                     moves, wait_s = await self._follow(moved, exchange, moves), 0.0
+                except NodeUnavailable:
+                    if exchange.broken is None or not deployment.followers or self._closed:
+                        raise  # the ingress itself has said so, or nobody follows it
+                    wait_s = 0.0
                 await asyncio.sleep(wait_s)
 
     async def stream(
@@ -118,7 +127,7 @@ class AsyncClient:
         Closing the generator early (`contextlib.aclosing`) cancels what is under way.
         """
         width = await self.window(window)
-        source = _Source(batches)
+        source = BatchSource(batches)
         pull: asyncio.Task[Any] | None = None
         under_way: deque[asyncio.Task[Any]] = deque()
         index, more = 0, True
@@ -129,7 +138,7 @@ class AsyncClient:
                 waited = [task for task in (pull, *itertools.islice(under_way, 1)) if task is not None]
                 await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
                 if pull is not None and pull.done():
-                    more = pull.exception() is None and pull.result() is not _END
+                    more = pull.exception() is None and pull.result() is not END
                     if pull.exception() is not None:
                         under_way.append(pull)  # the caller's own error comes out at its place, too
                     elif more:
@@ -284,9 +293,24 @@ class AsyncClient:
             if self._exchange is None or self._deployment is None or self._exchange.broken is not None:
                 if self._exchange is not None:
                     await self._exchange.close()
+                    await self._find_ingress()
                 self._deployment = await self._describe()
-                self._exchange = Exchange(self._connection(), self.address)
+                self._exchange = Exchange(self._connection(), self.address, pulse=self._pulse)
             return self._exchange, self._deployment
+
+    async def _find_ingress(self) -> None:
+        """After a break: goes to whoever takes the requests now, where somebody follows."""
+        if self._deployment is None or not self._deployment.followers:
+            return
+        candidates = (self.address, *self._deployment.followers)
+        address = await find_ingress(candidates, self._deployment.name, lambda a: channel.open_channel(a, credentials=self._access))
+        self._wanted = self._wanted or self._deployment.name  # a follower may serve others besides
+        if address != self.address:
+            self._leave_for(address)
+
+    async def _pulse(self) -> None:
+        connection = channel.open_channel(self.address, credentials=self._access)
+        await pulse(connection, self.address, self._heartbeat, self._silence)
 
     async def _describe(self, moves: int = 0) -> Deployment:
         with channel.translated(self.address):
@@ -328,24 +352,6 @@ class AsyncClient:
                 f"no answer from {self.address} within {limit_s:g} s",
                 remedy="raise timeout_s, or see `splitnet status` for what the nodes are doing",
             ) from None
-
-
-class _Source:
-    """Reads a plain or an asynchronous iterable, one item at a time."""
-
-    def __init__(self, batches: Iterable[Inputs] | AsyncIterable[Inputs]) -> None:
-        self._later: AsyncIterator[Inputs] | None = None
-        self._now: Iterator[Inputs] | None = None
-        if isinstance(batches, AsyncIterable):
-            self._later = aiter(batches)
-        else:
-            self._now = iter(batches)
-
-    async def next(self) -> Inputs | object:
-        """The next item, or _END."""
-        if self._later is not None:
-            return await anext(self._later, _END)
-        return next(self._now, _END) if self._now is not None else _END
 
 
 async def _wind_up(exchange: Exchange | None, connection: grpc.aio.Channel) -> None:

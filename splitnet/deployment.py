@@ -36,6 +36,7 @@ class Deployment:
     max_in_flight: int
     max_tensor_bytes: int
     text: TextModel | None = None
+    followers: tuple[str, ...] = ()  # addresses of those that take over, one after the other, when the ingress is lost
 
 
 def choose(reply: pb.DescribeReply, name: str, address: str) -> Deployment:
@@ -92,6 +93,7 @@ def choose(reply: pb.DescribeReply, name: str, address: str) -> Deployment:
         outputs=tuple(wire.spec_from_message(spec) for spec in found.outputs),
         max_in_flight=max(1, found.max_in_flight),
         max_tensor_bytes=reply.max_tensor_bytes or wire.MAX_TENSOR_BYTES,
+        followers=tuple(found.followers),
         text=TextModel.from_message(found.generating) if found.HasField("generating") else None,
     )
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping
+from typing import Any
 
 import grpc.aio
 import numpy as np
@@ -36,7 +37,14 @@ class Exchange:
     `broken` is None as long as it works. After a break every request on it has failed, and a new Exchange is needed.
     """
 
-    def __init__(self, connection: grpc.aio.Channel, address: str, max_tensor_bytes: int = wire.MAX_TENSOR_BYTES) -> None:
+    def __init__(
+        self,
+        connection: grpc.aio.Channel,
+        address: str,
+        max_tensor_bytes: int = wire.MAX_TENSOR_BYTES,
+        pulse: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    ) -> None:
+        """`pulse`: raises SplitnetError once the node is gone, though the connection may not say so (`splitnet.heartbeat`)."""
         self.broken: SplitnetError | None = None
         self._address = address
         self._max_tensor_bytes = max_tensor_bytes
@@ -44,7 +52,9 @@ class Exchange:
         self._outbox: asyncio.Queue[wire.Message] = asyncio.Queue()
         self._room = asyncio.Semaphore(_QUEUED_FRAMES)
         self._call = channel.run_stream(connection)(None)
-        self._tasks = (asyncio.create_task(self._send()), asyncio.create_task(self._receive()))
+        self._tasks = [asyncio.create_task(self._send()), asyncio.create_task(self._receive())]
+        if pulse is not None:
+            self._tasks.append(asyncio.create_task(self._watch(pulse)))
 
     async def ask(
         self,
@@ -118,6 +128,12 @@ class Exchange:
         for task in self._tasks:
             task.cancel()
         await asyncio.wait(self._tasks)
+
+    async def _watch(self, pulse: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        try:
+            await pulse()
+        except SplitnetError as error:
+            self._break(NodeUnavailable(error.message, remedy=error.remedy))
 
     # ---------------------------------------------------------------------------------------------------------------- sending
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 import grpc.aio
 
-from splitnet.channel import open_channel, stub, translated
-from splitnet.errors import BadInput, NodeUnavailable, ProtocolError
+from splitnet.channel import stub, translated
+from splitnet.errors import BadInput, NodeUnavailable, SplitnetError
 from splitnet.rpc.v1 import node_pb2 as pb
 
 if TYPE_CHECKING:
@@ -63,16 +63,18 @@ class Silence:
         self._heard_s = math.inf
         self._worst_s = 0.0
         self._worst_at_s = 0.0
+        self.heard_once = False  #: on this connection
         self.round_trip_s = math.inf  #: the shortest seen on this connection
 
     def begin(self, now_s: float, grace_s: float = 0.0) -> None:
         """A new connection; `grace_s`: what it may take beyond the patience until the first beat."""
         self._heard_s = now_s + grace_s
+        self.heard_once = False
         self.round_trip_s = math.inf
 
     def heard(self, now_s: float) -> None:
         self._learn(now_s - self._heard_s - self._heartbeat.period_s, now_s)
-        self._heard_s = now_s
+        self._heard_s, self.heard_once = now_s, True
 
     def held_up(self, by_s: float) -> None:
         """This side could not listen for so long."""
@@ -103,6 +105,7 @@ class Silence:
 
 
 async def pulse(
+    channel: grpc.aio.Channel,
     address: str,
     heartbeat: Heartbeat,
     silence: Silence,
@@ -110,12 +113,12 @@ async def pulse(
     on_process: Callable[[str], None] | None = None,
 ) -> None:
     """Beats, and listens, until the other side is silent: raises NodeUnavailable then, or when the connection breaks. `on_process` hears
-    which process it is. Returns where there is nothing to listen to: a node of an earlier version, or a period of 0."""
-    if not heartbeat.period_s:
-        return
+    which process it is. Returns where there is nothing to listen to: a node of an earlier version, or a period of 0. `channel`: to `address`,
+    for nothing else; it is closed in the end."""
     silence.begin(time.monotonic(), _FIRST_BEAT_S)
-    channel = open_channel(address)
     try:
+        if not heartbeat.period_s:
+            return
         call = stub(channel).Heartbeat(metadata=tuple(metadata))
         sent: deque[tuple[int, float]] = deque(maxlen=256)
         listener = asyncio.create_task(_listen(call, address, silence, sent, on_process))
@@ -132,8 +135,10 @@ async def pulse(
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-    except ProtocolError:  # it does not know the call
-        return
+    except SplitnetError as error:
+        if silence.heard_once or isinstance(error, NodeUnavailable):
+            raise
+        return  # it does not know the call, as far as can be told: gRPC may lose the reason when a message is just being written
     finally:
         await channel.close()
     raise NodeUnavailable(

@@ -40,8 +40,8 @@ OnProgress = Callable[[Progress], None]
 
 
 def used_nodes(plan: Plan) -> list[NodeRef]:
-    """Those that have a stage."""
-    return [node for node in plan.nodes if any(stage.node == node.name for stage in plan.stages)]
+    """Those that have a stage, or hold one ready."""
+    return list(plan.used_nodes)
 
 
 class Installation:
@@ -65,7 +65,7 @@ class Installation:
         self._wait = wait
         self._nodes = nodes = used_nodes(plan)
         self._on_progress = on_progress
-        self._shards = {node.name: {s.name: shards[s.name] for s in plan.stages if s.node == node.name} for node in nodes}
+        self._shards = {node.name: {s.name: shards[s.name] for s in plan.held_at(node.name)} for node in nodes}
         self._blobs = {
             node: shard_blobs({s: one for s, one in own.items() if isinstance(one, Shard)}) for node, own in self._shards.items()
         }

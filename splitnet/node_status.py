@@ -15,7 +15,7 @@ from splitnet.plan import NodeRef, Plan
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.security.addresses import know_address
 
-__all__ = ["CodecInUse", "DeploymentStatus", "LinkStatus", "NodeStatus", "StageStatus", "describe_node", "status_of"]
+__all__ = ["CodecInUse", "DeploymentStatus", "Event", "LinkStatus", "NodeStatus", "StageStatus", "describe_node", "status_of"]
 
 DESCRIBE_TIMEOUT_S = 10.0
 
@@ -35,6 +35,7 @@ class StageStatus:
     send_s: float
     reserved_bytes: int
     queued: int
+    standby: bool = False  # loaded to take over from another node
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,18 @@ class DeploymentStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class Event:
+    """What befell a node. `time_s`: since the epoch, by its own clock. `kind`: lost, back, replaced, replayed, unrecoverable, restored. `node`: whom it
+    is about."""
+
+    time_s: float
+    kind: str
+    node: str
+    deployment: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class NodeStatus:
     """A node as the cluster (or plan) names it, and what it says. `error` is why it could not be asked; empty when it answered."""
 
@@ -113,6 +126,7 @@ class NodeStatus:
     insecure: bool = False  # plaintext on an address that is not loopback
     deployments: tuple[DeploymentStatus, ...] = ()
     links: tuple[LinkStatus, ...] = ()
+    events: tuple[Event, ...] = ()  # lately, the oldest first
 
     def deployment(self, name: str) -> DeploymentStatus | None:
         """The generation of that name that takes the requests, or another one that is here."""
@@ -170,6 +184,7 @@ def _from_reply(name: str, address: str, reply: pb.DescribeReply) -> NodeStatus:
         insecure=reply.insecure,
         deployments=tuple(_deployment(deployment) for deployment in reply.deployments),
         links=tuple(_link(link) for link in reply.links),
+        events=tuple(Event(e.time_s, e.kind, e.node, e.deployment, e.text) for e in reply.events),
     )
 
 
@@ -210,6 +225,7 @@ def _deployment(status: pb.DeploymentStatus) -> DeploymentStatus:
                 s.send_s,
                 s.reserved_bytes,
                 s.queued,
+                s.standby,
             )
             for s in status.stages
         ),

@@ -166,10 +166,14 @@ class Plan:
         """Those that a node holds ready for others."""
         return tuple(stage for stage in self.stages if node in stage.replicas)
 
+    def held_at(self, node: str) -> tuple[StageSpec, ...]:
+        """All that a node must have loaded: what it serves, and what it holds ready."""
+        return self.stages_at(node) + self.standbys_at(node)
+
     @property
     def used_nodes(self) -> tuple[NodeRef, ...]:
         """Those that serve a stage or hold one ready."""
-        return tuple(node for node in self.nodes if self.stages_at(node.name) or self.standbys_at(node.name))
+        return tuple(node for node in self.nodes if self.held_at(node.name))
 
     @property
     def batch_axes(self) -> BatchAxes | None:

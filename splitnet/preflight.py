@@ -82,7 +82,7 @@ def check_nodes(plan: Plan, name: str, shards: Mapping[str, Shard], statuses: Ma
                 node=node,
                 remedy=f"put this one in its place with --update, choose another --name, or take that one off first: `splitnet unload {name}`",
             )
-        needed = sum(_stage_bytes(plan, shards).get(stage.name, 0) for stage in plan.stages if stage.node == node)
+        needed = sum(_stage_bytes(plan, shards).get(stage.name, 0) for stage in plan.held_at(node))
         free = status.memory_limit_bytes - status.memory_used_bytes
         if status.memory_limit_bytes and held is None and needed > free:
             raise InsufficientMemory(
@@ -100,7 +100,7 @@ def missing_memory(
     needed = _stage_bytes(plan, shards)
     missing = {}
     for node in plan.nodes:
-        stages = [stage for stage in plan.stages if stage.node == node.name]
+        stages = plan.held_at(node.name)
         status = statuses[node.address] if stages else None
         if status is None or not status.memory_limit_bytes:
             continue

@@ -23,7 +23,7 @@ from nodes.generation.session import Session
 from nodes.ledger import Ledger
 from nodes.pipeline import Pipeline
 from nodes.requests import Request, RequestKey
-from splitnet.errors import BadInput, DeadlineExceeded, EngineFailure, InsufficientMemory, Overloaded, SplitnetError
+from splitnet.errors import BadInput, DeadlineExceeded, EngineFailure, InsufficientMemory, NodeUnavailable, Overloaded, SplitnetError
 from splitnet.generation import PROMPT
 from splitnet.generation_plan import Generation
 from splitnet.wire import CHUNK_BYTES
@@ -38,6 +38,7 @@ _WORTH_WAITING = 48  # and worth waiting for
 _IDLE_S = 120.0  # that an ended session's caches are kept
 _STRIKES = 3
 _AGAIN_S = 0.05
+_MOST_LOSSES = 16
 _SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.05, 30.0
 #: What one session's fault may do to all steps of a pass; or what a cache that a node has lost does.
 _PERHAPS_ANOTHERS = (BadInput, EngineFailure, InsufficientMemory, Overloaded)
@@ -155,6 +156,17 @@ class Generator:
         each_s = self._session_s / max(len(self.slots.live), 1)
         return min(max(each_s, _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
 
+    def resume(self, deployment: Deployment) -> None:
+        """A node was lost with its caches, and `deployment` (the same, or the one that has taken over) is whole: every session's tokens are computed
+        again, as a prompt, and it goes on with the very tokens that it would have had."""
+        self.deployment = deployment
+        self._closing += [session.handle for session in (*self.slots.live, *self.slots.kept)]
+        self.slots.kept.clear()
+        for session in self.slots.live:
+            if session.started:
+                session.rebuild(self.new_handle())
+        self.advance()
+
     # --------------------------------------------------------------------------------------------------- what is shared
 
     def _best_source(self, prompt: np.ndarray) -> Session | None:
@@ -198,10 +210,10 @@ class Generator:
     # ------------------------------------------------------------------------------------------------------------ passes
 
     def advance(self) -> None:
-        """Keeps the pipeline full."""
-        while self._make():
+        """Keeps the pipeline full, unless it lacks a node."""
+        while not self.deployment.paused and self._make():
             pass
-        if self._closing and not self.passes:
+        if self._closing and not self.passes and not self.deployment.paused:
             self._close_now()
 
     def _make(self) -> bool:
@@ -339,6 +351,12 @@ class Generator:
             if self.slots.kept.pop(source, False) is not False:
                 self._closing.append(source.handle)
         counted = [entry for entry in forward.entries if entry.counts]
+        if isinstance(error, NodeUnavailable) and self._ledger.recovery.hopeful(self.deployment):
+            for entry in counted:  # `resume` follows, or what may fail them does
+                entry.session.losses += 1
+                entry.session.again()
+            self._ledger.recovery.replayed(self.deployment, len(counted))
+            counted = [entry for entry in counted if entry.session.losses > _MOST_LOSSES]
         for entry in counted:
             session = entry.session
             session.strikes += 1

@@ -37,6 +37,7 @@ class Session:
         self.alone = False  # its next step goes in a pass of its own: one of its passes failed
         self.turn = 0  # when it was last given a place in a pass
         self.strikes = 0  # failures in a row
+        self.losses = 0  # how often what was under way was lost with a node
         self.live = True
         self.finish = ""
         self.leader: Session | None = None  # whose prompt begins as this one does, and is being computed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["status", "unload"]
 
+_EVENTS = 12  # the newest are shown
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
@@ -102,7 +104,7 @@ def _show(nodes: Sequence[NodeStatus]) -> None:
         work = [
             (
                 _called(deployment),
-                s.name,
+                s.name + (" (standby)" if s.standby else ""),
                 s.engine,
                 str(s.requests),
                 str(s.failures),
@@ -111,7 +113,7 @@ def _show(nodes: Sequence[NodeStatus]) -> None:
             for deployment in node.deployments
             for s in deployment.stages
         ]
-        work += [(f"{d.name}: moved to {d.moved_to}", *[""] * 5) for d in node.deployments if d.state == "moved"]
+        work += [(f"{d.name}: moved to {d.moved_to}", "", "", "", "", "") for d in node.deployments if d.state == "moved"]
         links = [_link(link) for link in node.links]
         for i in range(max(1, len(work), len(links))):
             row = (
@@ -125,6 +127,10 @@ def _show(nodes: Sequence[NodeStatus]) -> None:
         click.echo("* takes the requests of clients")
     for name, how in {_key(d): how for node in nodes for d in node.deployments if (how := _how_batched(d.batching))}.items():
         click.echo(f"{name}: {how}")
+    told = sorted(((event.time_s, node.name, event) for node in nodes for event in node.events), key=lambda one: one[:2])[-_EVENTS:]
+    for time_s, name, event in told:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_s))
+        click.echo(f"{when} {name}: {' '.join(filter(None, (event.deployment, event.kind, event.node)))}: {event.text}")
     for node in nodes:
         if node.error:
             click.echo(f"node {node.name!r} at {node.address}: {node.error}", err=True)
@@ -148,7 +154,7 @@ def _key(deployment: DeploymentStatus) -> str:
 
 
 def _called(deployment: DeploymentStatus) -> str:
-    state = {"active": "", "canary": f" (canary, {deployment.share:.0%})"}.get(deployment.state, f" ({deployment.state})")
+    state = {"active": "", "canary": f" (canary, {deployment.share * 100:g}%)"}.get(deployment.state, f" ({deployment.state})")
     return _key(deployment) + ("*" if deployment.ingress else "") + state
 
 

@@ -34,6 +34,11 @@ class Cable:
     def cut(self, *, there: bool = True, back: bool = True) -> None:
         self.there, self.back = self.there and not there, self.back and not back
 
+    def reset(self) -> None:
+        """Breaks all connections at once; new ones carry."""
+        for writer in list(self._writers):
+            self._loop.call_soon_threadsafe(writer.transport.abort)
+
     def mend(self) -> None:
         """Connections that were cut stay silent; new ones carry."""
         self.there = self.back = True
