@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from splitnet.tensors import DTYPES
 __all__ = ["Pass", "Setting"]
 
 _NEVER_S = 1e6  # of what was not measured, which `fits` rules out
+_CASTS = ("bf16", "fp16")
 _TOKEN_BYTES = 4  # of an answer, and 8 of a prompt
 
 
@@ -62,11 +63,22 @@ class Setting:
     @functools.cached_property
     def codecs(self) -> tuple[str, ...]:
         """That hidden states may travel in: raw, what loses nothing, what rounds as bfloat16 does; others where a wish names them."""
-        figures = codec_figures(self.nodes)
-        known = [name for name in figures if name in codec_names()]
+        known = [name for name in self.figures("latency") if name in codec_names()]
         fine = [name for name in known if get_codec(name).lossless or (get_codec(name).default and not self.lossless)]
         named = {name for codecs in self.wishes.link_codecs.values() for name in codecs}
         return tuple(dict.fromkeys(["raw", *fine, *sorted(named & set(known))]))
+
+    def figures(self, goal: Goal) -> Mapping[str, CodecFigures]:
+        """Codecs on hidden states of this element type. Ratios were measured on float32: what rounds to so many bits makes half of it of bfloat16, and casting to bfloat16
+        nothing at all."""
+        found = codec_figures(self.nodes, goal, self.machines)
+        if self.dtype == "float32":
+            return found
+        return {
+            name: figures if get_codec(name).lossless else replace(figures, ratio=max(1.0, figures.best_ratio / 2))
+            for name, figures in found.items()
+            if name in codec_names() and name not in _CASTS
+        }
 
     @functools.cached_property
     def machines(self) -> tuple[Machine, ...]:
@@ -105,7 +117,7 @@ class Setting:
         stage = stage + np.array([self._step_s(node) for node in self.nodes]) * self._slow
         crossing = one.tokens * self.model.hidden_size * DTYPES[self.dtype].itemsize
         back = float(_TOKEN_BYTES * one.answers)
-        figures = codec_figures(self.nodes, goal, self.machines)
+        figures = self.figures(goal)
         send = np.array([[self._codec_s(figures, c, i, crossing, encode=True) for i in range(n)] for c in self.codecs]) + message
         take = np.array([[self._codec_s(figures, c, i, crossing, encode=False) for i in range(n)] for c in self.codecs]) + message
         wire = np.array([self._wire(crossing / figures[c].best_ratio, c, goal) for c in self.codecs])

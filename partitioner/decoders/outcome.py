@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from partitioner.constants import codec_figures
 from partitioner.decoders.chain import ChainPlan, Found, price
 from partitioner.decoders.costs import Pass, Setting
 from partitioner.decoders.model import DecoderModel
@@ -157,7 +156,7 @@ def _reached(expected: Expected, objective: str) -> float:
 
 
 def _link_bytes(setting: Setting, plan: ChainPlan, one: Pass) -> dict[str, int]:
-    figures = codec_figures(setting.nodes)
+    figures = setting.figures("latency")
     size = one.tokens * setting.model.hidden_size * DTYPES[setting.dtype].itemsize
     names = [setting.names[n] for n in plan.order]
     found = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from conftest import WORKLOAD, cluster_of
@@ -12,6 +13,7 @@ from partitioner.decoders.figures import DecoderProfile, Workload
 from partitioner.decoders.model import DecoderModel
 from partitioner.decoders.planning import OBJECTIVES, plan_decoder
 from partitioner.decoders.weights import Weights
+from splitnet.cluster import CodecSpeed
 from splitnet.errors import BadInput, BadPlan, NoPlan
 from splitnet.plan import Plan
 
@@ -152,6 +154,25 @@ def test_of_many_nodes_the_quickest_and_the_largest_are_looked_at(llama: Decoder
     assert plan.prediction is not None
     assert "planned over 8 of 10 nodes" in plan.prediction.note
     assert "no bound is known" in plan.explain()
+
+
+@pytest.mark.parametrize(("dtype", "codec", "sent"), [("float32", "bf16", 128), ("bfloat16", "raw", 128)])
+def test_codecs_do_to_hidden_states_what_their_type_allows(
+    llama: DecoderModel, profile_of: MakeProfile, dtype: str, codec: str, sent: int
+) -> None:
+    profile = profile_of(llama, {"a": 1.0, "b": 1.0}, {f"{dtype}/{dtype}": 1.0})
+    cluster = cluster_of({"a": ROOM, "b": ROOM}, bytes_per_s=1e4)
+    fast = tuple(CodecSpeed(name, 1e9, 1e9, ratio) for name, ratio in (("bf16", 2.0), ("int8", 3.9)))
+    cluster = replace(cluster, nodes=tuple(replace(node, codecs=fast) for node in cluster.nodes))
+    plan = plan_decoder(llama, profile, cluster, WORKLOAD, stages=2, weights=Weights(dtype))
+    assert plan.prediction is not None
+    assert (plan.transfers[1].codec, plan.prediction.bytes_per_link["a->b"]) == (codec, sent)
+    asked = plan_decoder(
+        llama, profile, cluster, WORKLOAD, stages=2, input_at="a", weights=Weights(dtype), link_codecs={("a", "b"): ["int8"]}
+    )
+    assert asked.prediction is not None
+    assert asked.transfers[1].codec == "int8"
+    assert asked.prediction.bytes_per_link["a->b"] == 66  # of 64 numbers
 
 
 def test_wishes_are_kept(llama: DecoderModel, profile_of: MakeProfile) -> None:
