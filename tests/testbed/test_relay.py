@@ -10,10 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from testbed import cpu
 from testbed.owner import find_owner
-from testbed.relay import CLIENT, Relay
+from testbed.relay import CLIENT, Relay, hastened
 from testbed.shaping import LinkShape
 
 
@@ -177,3 +179,17 @@ def test_connections_are_told_apart_by_process(running: Running) -> None:
         assert far.recv(1) == b"x"
         assert time.monotonic() - started > 0.14
     assert running.relay.accepted == {("node", "server"): 1}
+
+
+@pytest.mark.skipif(isinstance(cpu.controller(), str), reason=f"no CPU shares here: {cpu.controller()}")
+def test_without_real_time_priority_nodes_do_not_go_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", refused)
+    groups = Path("/proc/self/cgroup")
+    before = groups.read_text()
+    with hastened() as priority:
+        assert priority.startswith("as the nodes' priority")
+        assert f"splitnet-testbed-{os.getpid()}-" in groups.read_text()
+    assert groups.read_text() == before
