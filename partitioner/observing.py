@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from partitioner.constants import codec_figures, machines, outside_bytes, overheads
+from partitioner.constants import Goal, codec_figures, machines, outside_bytes, overheads
 from partitioner.cost import CodecFigures, evaluate
 from partitioner.profiling import Column, Profile
 from splitnet.cluster import Cluster, Link
@@ -167,7 +167,7 @@ def price(plan: Plan, profile: Profile, cluster: Cluster) -> float:
     names = {node.name for node in cluster.nodes}
     if not {stage.node for stage in plan.stages} <= names:
         return math.inf
-    goal = "throughput" if plan.objective == "throughput" else "latency"
+    goal: Goal = "throughput" if plan.objective == "throughput" else "latency"
     used = [cluster.node(node.name) for node in plan.nodes if node.name in names]
     shared = machines(cluster)
     place = {vertex.name: i for i, vertex in enumerate(profile.structure.vertices)}

@@ -8,6 +8,7 @@ One look takes a Describe call per node and a plan (milliseconds); nothing else 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import math
 import time
@@ -24,9 +25,10 @@ from partitioner.profiling import Profile
 from partitioner.watching import Judge, Rules, Verdict
 from splitnet.channel import open_channel, stub, translated
 from splitnet.cluster import Cluster
+from splitnet.codecs import get_codec
 from splitnet.errors import BadCluster, BadInput, BadPlan, NoPlan, NotFound, ServiceError, SplitnetError
 from splitnet.node_status import NodeStatus, status_of
-from splitnet.plan import Plan
+from splitnet.plan import CLIENT, Plan
 from splitnet.rollout import Updated, update_async
 from splitnet.rpc.v1 import node_pb2 as pb
 
@@ -35,7 +37,9 @@ __all__ = ["Look", "Watch"]
 _PROBE_S = 0.4
 _GRACE_S = 15.0
 _FRESH_S = 20.0  # a link that was seen so lately need not be probed before a switch
-_LOOK_S = 5.0
+_LOOK_S = 2.0
+_LEASE_S = 12.0  # so long an ingress waits for what is brought here, after the last word from here
+_RENEWED_S = 3.0
 _LEASE_S = 120.0  # as long as cutting, shipping and loading another plan may take
 
 
@@ -91,10 +95,40 @@ class Watch:
         self._on_switch = on_switch
         self._observer = Observer(cluster, profile)
         self._last_plan: Plan | None = None
+        self._exact: bool | None = None  # whether the first plan with a link on its way permitted codecs without loss only
+        self.lease_s = _LEASE_S
 
     async def look(self) -> Look:
         """Raises NotFound where nothing is deployed under the name, BadPlan where it is another model; what fails in planning or switching stands
-        in the look, and the next one tries again."""
+        in the look, and the next one tries again. The ingress is told that somebody looks: requests that lack a node wait for the next plan; where
+        there can be none, it is told so, and they fail."""
+        renewing = asyncio.create_task(self._renew())
+        try:
+            look = await self._look()
+        finally:
+            renewing.cancel()
+            await asyncio.gather(renewing, return_exceptions=True)
+        if math.isinf(look.present_s) and look.error:
+            await self._tell_ingress(0.0, look.error)
+        return look
+
+    async def _renew(self) -> None:
+        while True:
+            await self._tell_ingress(self.lease_s)
+            await asyncio.sleep(_RENEWED_S)
+
+    async def _tell_ingress(self, lease_s: float, hopeless: str = "") -> None:
+        """An ingress that cannot be reached has no requests that wait."""
+        if self._last_plan is None or self._model is None:
+            return
+        address = self._last_plan.ingress.address
+        request = pb.WatchRequest(deployment=self.name, lease_s=lease_s, hopeless=hopeless[:200])
+        with contextlib.suppress(SplitnetError):
+            async with open_channel(address) as channel:
+                with translated(address):
+                    await stub(channel).Watch(request, timeout=_LOOK_S)
+
+    async def _look(self) -> Look:
         statuses = await status_of(self._cluster, timeout_s=_LOOK_S, plans=True)
         generation, present = self._active(statuses)
         self._observer.look(statuses, self.name, present, self._clock())
@@ -142,6 +176,8 @@ class Watch:
         if plan.model_sha256 != self._observer.profile().structure.sha256:
             raise BadPlan(f"{self.name!r} is of another model than the profile", remedy="profile this model, or name another deployment")
         self._last_plan = plan
+        if self._exact is None:
+            self._exact = _exact(plan)
         return held[0].generation, plan
 
     def _plan(self, generation: int, present: Plan) -> Look:
@@ -154,6 +190,8 @@ class Watch:
             return Look(generation, float("inf"), float("inf"), 0.0, "", None, changed, error=error.message)
         present_s = price(present, profile, cluster)
         asked = dict(self._asked)
+        if self._exact:
+            asked["lossless"] = True
         ingress = present.ingress.name
         if not self._move_ingress and not asked.get("input_at") and any(node.name == ingress for node in cluster.nodes):
             asked["input_at"] = ingress  # where the clients are
@@ -206,3 +244,11 @@ class Watch:
             self._observer.probed(a, b, reply.bandwidth_bytes_per_s, reply.round_trip_s / 2, self._clock())
             done.append(f"{a}->{b}")
         return tuple(done)
+
+
+def _exact(plan: Plan) -> bool | None:
+    """Whether all codecs that the plan permits between nodes change no bit; None where nothing crosses, and it does not say."""
+    node = {stage.name: stage.node for stage in plan.stages} | {CLIENT: plan.ingress.name}
+    crossing = [t for t in plan.transfers if t.bytes and node[t.source] != node[t.target]]
+    names = {name for t in crossing for name in (t.codec, *(option.name for option in t.codecs))}
+    return all(get_codec(name).lossless for name in names) if names else None

@@ -36,9 +36,7 @@ _DEFAULT = Rules()
 @click.option(
     "--every", "every_s", type=click.FloatRange(min=0.1, max=3600), default=2.0, show_default=True, help="Seconds between two looks."
 )
-@click.option(
-    "--margin", type=Share(), default=f"{_DEFAULT.margin:.0%}", show_default=True, help="By how much another plan must be better."
-)
+@click.option("--gain", type=Share(), default=f"{_DEFAULT.margin:.0%}", show_default=True, help="By how much another plan must be better.")
 @click.option(
     "--steady",
     "steady_s",
@@ -69,13 +67,13 @@ _DEFAULT = Rules()
 @wish_options
 @click.option("--json", "as_json", is_flag=True, help="Print each look as a line of JSON.")
 def watch(
-    plan: Path, cluster_file: Path, profile_file: Path, model: str, name: str, every_s: float, margin: float, steady_s: float, pause_s: float,
+    plan: Path, cluster_file: Path, profile_file: Path, model: str, name: str, every_s: float, gain: float, steady_s: float, pause_s: float,
     probe_s: float, move_ingress: bool, for_s: float | None, dry_run: bool, as_json: bool, **others: Any,
 ) -> None:  # fmt: skip
     """Follow a deployed PLAN, and switch to a better one when there is one for long enough.
 
     Looks at what the nodes measure while they serve: the goodput of links, the times of stages, who is there. When another plan is predicted to
-    be better by --margin for --steady seconds, its shards are cut and loaded beside the old ones, new requests go to it, and those under way are
+    be better by --gain for --steady seconds, its shards are cut and loaded beside the old ones, new requests go to it, and those under way are
     finished: none fails. It does not flap: after a switch there is a pause, which doubles each time that it goes back. New plans are kept beside
     PLAN, in PLAN.watch/. The other options are those of `splitnet plan`, and should be the same.
 
@@ -97,12 +95,13 @@ def watch(
             remedy="leave them out: new plans use codecs without loss, or that round as bfloat16 does",
         )
     planned, cluster, profile = Plan.load(plan), Cluster.load(cluster_file), Profile.load(profile_file)
-    rules = Rules(margin=margin, steady_s=steady_s, pause_s=pause_s)
+    rules = Rules(margin=gain, steady_s=steady_s, pause_s=pause_s)
     graph = None if dry_run else _load(model or planned.model, profile)
     follow = Watch(
         name or default_name(planned.model), cluster, profile, model=graph, folder=plan.with_suffix(".watch"), rules=rules, asked=asked,
         move_ingress=move_ingress, probe_s=probe_s, on_switch=lambda new: say(f"cutting and loading {len(new.stages)} stages"),
     )  # fmt: skip
+    follow.lease_s += every_s  # what it tells the ingress holds until the next look
     try:
         _follow(follow, background.run, every_s, for_s, as_json)
     except KeyboardInterrupt:

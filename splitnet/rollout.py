@@ -161,7 +161,7 @@ class _Update:
         name, canary = self.survey.name, self.survey.in_state("canary")
         if canary is not None and self.there is not canary:
             raise BadInput(
-                f"generation {canary.number} of {name!r} is being tried with {canary.share:.0%} of the requests",
+                f"generation {canary.number} of {name!r} is being tried with {canary.share * 100:g}% of the requests",
                 remedy=f"finish that first: `splitnet deploy --update` with its plan, or `splitnet rollback {name}`",
             )
         if not force:

@@ -63,7 +63,7 @@ class Load:
             while not self.ended:
                 asked_s = time.monotonic()
                 try:
-                    (output,) = client.infer(self.inputs).values()
+                    (output,) = client.infer(self.inputs, retry=True).values()
                 except splitnet.SplitnetError as error:
                     self.failed.append(str(error))
                     continue
@@ -86,12 +86,14 @@ def model(seed: int) -> partitioner.ModelGraph:
     return partitioner.capture(torch.nn.Sequential(*layers).eval(), (torch.randn(4, _WIDTH),), name="layers")
 
 
-def version(weights: str, graph: partitioner.ModelGraph, cluster: Cluster, at: int, nodes: list[str], folder: Path) -> Version:
+def version(
+    weights: str, graph: partitioner.ModelGraph, inputs: dict[str, torch.Tensor], cluster: Cluster, at: int, nodes: list[str], folder: Path
+) -> Version:
     profile = partitioner.profile(graph, repeats=2, cluster=cluster, scale=True)
     linear = [vertex.name for vertex in graph.structure.vertices if vertex.param_bytes]
     plan = partitioner.plan(profile, cluster, at=[linear[at]], nodes=nodes, lossless=True)
     shards = partitioner.cut(graph, plan, folder)
-    (expected,) = graph.run(graph.example_inputs).values()
+    (expected,) = graph.run(inputs).values()
     return Version(weights, plan.with_shards({s: shard.sha256 for s, shard in shards.items()}), dict(shards), expected.numpy())
 
 
@@ -111,7 +113,7 @@ def main() -> None:
         graphs = {"old": model(1), "new": model(2)}
         ways = [(2, ["a", "b"]), (4, ["a", "c"]), (3, ["b", "c"])]  # the last: another node takes the requests
         versions = [
-            version(weights, graph, where, at, on, Path(scratch) / f"{weights}{i}")
+            version(weights, graph, dict(graphs["old"].example_inputs), where, at, on, Path(scratch) / f"{weights}{i}")
             for i, (at, on) in enumerate(ways)
             for weights, graph in graphs.items()
         ]

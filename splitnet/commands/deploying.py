@@ -272,7 +272,7 @@ def _show_update(updated: Updated, plan: Plan, as_json: bool) -> None:
         return
     if updated.share < 1:
         click.echo(
-            f"{updated.name!r}: generation {updated.generation} gets {updated.share:.0%} of the new requests, generation {updated.before} the others; "
+            f"{updated.name!r}: generation {updated.generation} gets {updated.share * 100:g}% of the new requests, generation {updated.before} the others; "
             f"deploy it again without --canary to go on, or `splitnet rollback {updated.name}`"
         )
     else:

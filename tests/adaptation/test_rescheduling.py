@@ -114,6 +114,24 @@ def test_a_plan_that_waits_for_its_time_is_not_switched_to(nodes: LocalCluster, 
     assert not (tmp_path / "watch").exists()
 
 
+def test_a_node_that_is_gone_is_done_without(profile: Profile, tmp_path: Path) -> None:
+    with LocalCluster(2) as nodes:
+        cut = split(chain(), nodes.cluster(), tmp_path / "shards", stages_by(a="linear relu", b="*"))
+        deploy(cut.plan, cut.shards, name="chain")
+        watching = Watch("chain", nodes.cluster(), profile, model=chain(), folder=tmp_path / "watch", rules=Rules())
+        assert background.run(watching.look()).switched is None
+        nodes.kill("b")
+        look = background.run(watching.look())
+        assert look.error == ""
+        assert look.switched is not None
+        assert look.switched.kept == 0, "there is no way back to a node that is gone"
+        given = cut.inputs(1)
+        with splitnet.Client(cut.address, "chain") as client:
+            assert np.array_equal(client.infer(given)["output"], cut.whole(given)["output"])
+        nodes.kill("a")
+        assert "no node answers" in background.run(watching.look()).error
+
+
 def test_what_a_user_gets_wrong(nodes: LocalCluster, profile: Profile, tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="nothing is deployed"):
         background.run(follow(nodes, profile, tmp_path).look())
