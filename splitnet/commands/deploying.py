@@ -213,7 +213,8 @@ def rollback(name: str, where: Path, drain_s: float, as_json: bool) -> None:
 def bundle(plan: Path, output: Path, shards: Path | None, as_json: bool) -> None:
     """Put a PLAN and its shards into one file, for where there is no network.
 
-    Every byte in it is known by its sha256; `splitnet deploy --bundle FILE` checks all of it before it ships anything.
+    Every byte in it is known by its sha256; `splitnet deploy --bundle FILE` checks all of it before it ships anything. An operator's signatures on the shards
+    go into it, where your credentials have the key.
 
     \b
     Example: to a stick, and on the other side
@@ -221,9 +222,13 @@ def bundle(plan: Path, output: Path, shards: Path | None, as_json: bool) -> None
       splitnet deploy --bundle /media/stick/model.splitnet --update
     """
     from splitnet.bundle import write_bundle
+    from splitnet.preflight import open_shards
+    from splitnet.security.credentials import sign_shards
 
     loaded = Plan.load(plan)
-    size_bytes = write_bundle(loaded, shards or plan.with_suffix(".shards"), output).stat().st_size
+    opened = open_shards(loaded, shards or plan.with_suffix(".shards"))
+    signatures = sign_shards(shard.sha256 for shard in opened.values())
+    size_bytes = write_bundle(loaded, opened, output, signatures=signatures).stat().st_size
     if as_json:
         click.echo(json.dumps({"file": str(output), "size_bytes": size_bytes, "stages": [stage.name for stage in loaded.stages]}))
     else:
@@ -235,8 +240,10 @@ def _material(plan: Path | None, shards: Path | None, bundle_file: Path | None) 
     with contextlib.ExitStack() as stack:
         if bundle_file is not None:
             from splitnet.bundle import open_bundle
+            from splitnet.security.credentials import know_signatures
 
             opened = stack.enter_context(open_bundle(bundle_file))
+            know_signatures(opened.signatures)
             yield opened.plan, opened.shards
         else:
             assert plan is not None

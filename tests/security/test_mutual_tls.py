@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from deploy.chain_model import WIDTH, expected, write_chain
 
 import splitnet
 from nodes.certificates import find_certs
 from nodes.config import NodeConfig
 from nodes.testing import LocalCluster
+from splitnet.commands.deploying import bundle, deploy
 from splitnet.errors import NodeUnavailable, NotFound, NotPermitted
 from splitnet.security import certificates
 from splitnet.security.authority import Authority
@@ -244,3 +246,23 @@ def test_a_node_finds_its_certificate_where_the_environment_says(authority: Path
     with pytest.raises(NotPermitted, match="neither encrypted nor authenticated"):
         NodeConfig(listen="0.0.0.0:0")
     assert not NodeConfig(listen="0.0.0.0:0", certs=authority / "a").open_plaintext
+
+
+def test_a_bundle_carries_the_operators_signatures(cluster: LocalCluster, authority: Path, tmp_path: Path) -> None:
+    """Whoever deploys it needs an operator's certificate, and not the key."""
+    keyless = shutil.copytree(authority / "operator", tmp_path / "keyless")
+    (keyless / "signing.key").unlink()
+    plan, _ = write_chain(tmp_path, cluster.cluster(), seed=3)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    use_access(authority / "operator")
+    runner = CliRunner()
+    made = runner.invoke(
+        bundle,
+        [str(tmp_path / "plan.json"), "--shards", str(tmp_path / "model3-96.shards"), "-o", str(tmp_path / "chain.splitnet")],
+        catch_exceptions=False,
+    )
+    assert made.exit_code == 0, made.output
+    use_access(keyless)
+    done = runner.invoke(deploy, ["--bundle", str(tmp_path / "chain.splitnet"), "--name", "bundled"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    splitnet.undeploy(plan, "bundled")
