@@ -33,17 +33,19 @@ from splitnet.decoder_weights import quantize, stored_format
 from splitnet.shard import Shard, open_shard, write_shard
 
 CONTEXT, GROUP = 2048, 64
-#: In a process of its own: peak before and after, in KiB.
+#: In a process of its own: resident before, and the peak after, in KiB (getrusage would tell the parent's peak).
 _LOAD = """
-import json, sys, resource
+import json, sys
 import transformers, torch
 from transformers import LlamaForCausalLM
 from nodes.engines.decoder.engine import DecoderEngine
 from splitnet.shard import open_shard
+def figure(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
 shard = open_shard(sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = figure("VmRSS")
 engine = DecoderEngine.load(shard, threads=1, cache_tokens=2048)
-print(json.dumps([before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, engine.memory_bytes()]))
+print(json.dumps([before, figure("VmHWM"), engine.memory_bytes()]))
 """
 
 

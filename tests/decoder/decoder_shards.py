@@ -64,8 +64,8 @@ def build(settings: Mapping[str, Any]) -> Any:
         for name, tensor in model.named_parameters():
             if tensor.ndim == 1:
                 tensor.add_(torch.randn_like(tensor) * (0.1 if name.endswith("weight") else 0.3))
-        if settings["model_type"].startswith("gemma"):
-            model.get_input_embeddings().weight.mul_(0.1)  # which is the head too: the model would only say what it was told
+        if settings["model_type"].startswith(("gemma", "olmo2")):
+            model.get_input_embeddings().weight.mul_(0.1)  # every layer's share is normed: the model would only say what it was told
     return model
 
 

@@ -9,6 +9,8 @@ import torch
 
 from nodes.engines.decoder.cache import CacheShape, KVCache
 
+_SLACK = 4 << 20  # the kernel counts roughly, and other things live in this process
+
 
 def _resident_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -17,23 +19,23 @@ def _resident_bytes() -> int:
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 200])  # rows that divide a page, and rows that do not
 def test_truncating_keeps_what_stays_and_gives_the_rest_back(head_dim: int):
-    cache = KVCache(CacheShape(2, 3, head_dim, torch.bfloat16), 4000, 4000)
+    cache = KVCache(CacheShape(8, 3, head_dim, torch.bfloat16), 4000, 4000)
     session = cache.open(1)
-    assert session.whole.shape[:3] == (2, 2, 3)
+    assert session.whole.shape[:3] == (8, 2, 3)
     before = _resident_bytes()
     cache.resize(session, 3000)
     session.whole[..., :3000, :] = 1.0
     written = session.whole[..., :3000, :].numel() * 2
-    assert written * 0.9 < _resident_bytes() - before < written * 1.2 + (1 << 20)
+    assert written * 0.9 < _resident_bytes() - before < written * 1.2 + _SLACK
     cache.resize(session, 700)
     assert cache.free == 3300
     assert (session.whole[..., :700, :] == 1.0).all()
-    assert _resident_bytes() - before < written * 0.4 + (1 << 20)
+    assert _resident_bytes() - before < written * 0.4 + _SLACK
     assert not session.whole[..., 1500:3000, :].any()  # read as new
     cache.close(1)
     del session
     assert cache.free == 4000
-    assert _resident_bytes() - before < 1 << 20
+    assert _resident_bytes() - before < _SLACK
 
 
 def test_a_session_is_no_longer_than_the_context_or_the_slots():

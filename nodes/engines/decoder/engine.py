@@ -71,7 +71,7 @@ class DecoderEngine:
         with torch.inference_mode():
             try:
                 found = self._compute(steps, segments, hidden)
-            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            except (RuntimeError, ValueError, IndexError, TypeError, ArithmeticError) as error:
                 raise EngineFailure(f"the {self.spec.model_type} model failed on {rows} rows: {error!s:.300}") from error
         for segment in segments:
             self._cache.resize(segment.session, segment.position + segment.stop - segment.start)

@@ -140,13 +140,13 @@ class Stacked(Matrix):
 
     def __init__(self, parts: Sequence[Matrix], bias: torch.Tensor | None) -> None:
         super().__init__(bias)
-        self.parts = nn.ModuleList(parts)
+        self._parts = tuple(parts)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._biased(torch.cat([part(x) for part in self.parts], dim=-1))
+        return self._biased(torch.cat([part(x) for part in self._parts], dim=-1))
 
     def nbytes(self) -> int:
-        return sum(part.nbytes() for part in self.parts)
+        return sum(part.nbytes() for part in self._parts)
 
 
 def read_matrix(
