@@ -223,7 +223,7 @@ class Cable:
             writer.transport.abort()
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, asyncio.CancelledError):  # cancelled at the end, by whoever ends the loop
             far_reader, far_writer = await asyncio.open_connection(self._host, int(self._port))
             both = {writer, far_writer}
             self._writers |= both
