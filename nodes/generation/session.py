@@ -32,6 +32,9 @@ class Session:
         self.prompt = len(prompt)
         self.cached = 0  # of the prompt, that were there already
         self.held = self.sent = 0
+        self._extent = (
+            0  # what the caches hold once all passes under way have come back, wrong guesses included, which nobody takes out of them
+        )
         self.in_flight = 0  # passes that have a step of it, or fork from it
         self.epoch = 0  # raised when what is under way no longer counts
         self.alone = False  # its next step goes in a pass of its own: one of its passes failed
@@ -61,7 +64,7 @@ class Session:
     @property
     def reserved(self) -> int:
         """Slots of every cache that it may come to need."""
-        return len(self._tokens) if self.live else self.held
+        return len(self._tokens) if self.live else max(self.held, self._extent)
 
     @property
     def made(self) -> int:
@@ -92,7 +95,7 @@ class Session:
 
     def begin_with(self, tokens: int) -> None:
         """The caches hold the first tokens already, or will once the pass that is being made forks them."""
-        self.held = self.sent = self.cached = tokens
+        self.held = self.sent = self.cached = self._extent = tokens
 
     def chunk(self, most: int) -> Step:
         """The next tokens of the prompt; with the last of them, the first new one is wanted."""
@@ -107,6 +110,7 @@ class Session:
     def _step(self, tokens: np.ndarray, wanted: int) -> Step:
         step = Step(self.handle, self.sent, tokens.astype(np.int32), wanted, None if self._told else self._sampling)
         self.sent += len(tokens)
+        self._extent = self.sent
         self._told = True
         self.in_flight += 1
         return step
@@ -155,7 +159,7 @@ class Session:
         """The caches hold nothing of it any more: all its tokens are computed again, as a prompt, under another handle."""
         self.again()
         self.handle = handle
-        self.held = self.sent = 0
+        self.held = self.sent = self._extent = 0
 
     def keep(self, now_s: float) -> None:
         """It has ended; its caches stay for others."""
