@@ -45,7 +45,6 @@ def test_a_refusal_of_the_template_is_told() -> None:
         "{% for i in range(10**9) %}x{% endfor %}",
         "{{ messages[99].content }}",
         "{{ 1 / 0 }}",
-        "{{ tools.name }}",
     ],
 )
 def test_a_hostile_or_broken_template_ends_in_an_error(hostile: str) -> None:

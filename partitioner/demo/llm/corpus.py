@@ -67,7 +67,7 @@ def paragraphs(text: str) -> Iterator[str]:
     """The paragraphs of a documentation text that are prose, each on one line."""
     for block in re.split(r"\n\s*\n", inspect.cleandoc(text)):
         lines = block.splitlines()
-        if any(line.startswith((" ", "\t", *_NO_PROSE)) for line in lines[1:]):
+        if any(line.startswith((" ", "\t", *_NO_PROSE)) for line in lines):
             continue
         paragraph = " ".join(block.split())
         if len(paragraph) < _LEAST or paragraph[-1] not in ".!?" or not paragraph[0].isupper():
