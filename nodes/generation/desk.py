@@ -30,6 +30,7 @@ class _Writing:
         self.generator = generator
         self.unsent: list[int] = []
         self.since_s: float | None = None  # when the parcel that is being sent was made
+        self.said: pb.Generated | None = None  # with the last tokens, once they are there
 
 
 class TextDesk:
@@ -85,6 +86,7 @@ class TextDesk:
             return
         writing.unsent += tokens
         if session.finish:
+            writing.said = _generated(session)
             writing.generator.end(session)
         if writing.since_s is None:
             self._write(call, writing)
@@ -98,16 +100,12 @@ class TextDesk:
             )
 
     def _write(self, call: Call, writing: _Writing) -> None:
-        session, tokens = writing.session, np.array(writing.unsent, np.int32)
+        said, tokens = writing.said, np.array(writing.unsent, np.int32)
         writing.unsent.clear()
         writing.since_s = self._ledger.loop.time()
-        end = bool(session.finish)
 
         def envelope() -> pb.Frame:
-            frame = pb.Frame(request=call.client_id)
-            if end:
-                frame.generated.CopyFrom(_generated(session))
-            return frame
+            return pb.Frame(request=call.client_id, generated=said)
 
         def sent(parcel: Parcel) -> None:
             writing.since_s = None
@@ -117,7 +115,7 @@ class TextDesk:
                 self._write(call, writing)
 
         tensor = EncodedTensor(TOKENS, tokens, "raw", self._pipeline.pool)
-        call.client.outbox.put(Parcel(call, tensor, envelope, sent, lambda _, error: self._calls.fail(call, error), end))
+        call.client.outbox.put(Parcel(call, tensor, envelope, sent, lambda _, error: self._calls.fail(call, error), said is not None))
 
     def _failed(self, session: Session, error: SplitnetError) -> None:
         if session.call is not None:

@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from nodes.deployment import Deployment
 from nodes.generation.kept import Slots
 from nodes.generation.meter import Meter
-from nodes.generation.orders import MAX_STEPS, Fork, Orders
-from nodes.generation.passes import Entry, ForwardPass
+from nodes.generation.orders import MAX_STEPS, Orders
+from nodes.generation.passes import Entry, ForwardPass, Making
+from nodes.generation.prefixes import WORTH, best_source, follow, may_start, start
 from nodes.generation.session import Session
 from nodes.ledger import Ledger
 from nodes.pipeline import Pipeline
@@ -33,8 +34,6 @@ __all__ = ["Counts", "Generator"]
 _LONGEST_CHUNK, _SHORTEST_CHUNK = 256, 16  # tokens of a prompt in one pass
 _PIECES_PER_STAGE = 6  # into which a prompt that is alone is divided at least: so that all stages are busy most of the time
 _PATIENCE, _PATIENCE_S = 2.0, 0.02  # a piece of a prompt may make a pass longer by so many times its decoding, or so long
-_WORTH = 16  # tokens that are worth forking
-_WORTH_WAITING = 48  # and worth waiting for
 _IDLE_S = 120.0  # that an ended session's caches are kept
 _STRIKES = 3
 _AGAIN_S = 0.05
@@ -54,18 +53,6 @@ class Counts:
     passes: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
-
-
-@dataclass(slots=True)
-class _Making:
-    """A pass that is being made. A guess is worth its price: see `PromptLookup.propose`; `pass_s` 0: nothing is guessed."""
-
-    entries: list[Entry] = field(default_factory=list)
-    forks: list[Fork] = field(default_factory=list)
-    sources: list[Session] = field(default_factory=list)
-    tokens: int = 0
-    pass_s: float = 0.0
-    token_s: float = 0.0
 
 
 class Generator:
@@ -91,13 +78,16 @@ class Generator:
         self._pipeline = pipeline
         self._on_tokens = on_tokens
         self._on_failed = on_failed
-        self._handles = itertools.count(1)
+        self._handles = itertools.count(1)  # small, for each step carries one; the stages tell deployments apart (StageSessions)
         self._numbers = itertools.count()
         self._closing: list[int] = []
         self._most_tokens = _most_tokens(deployment)
         self._session_s = 0.0  # running mean of how long a session lives
         self._began_s: dict[Session, float] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._taking = False
+        self._pressed = False  # there was more to send than there was room for
+        self._returned_s = 0.0  # when a pass last came back
         self._turn = 0  # how many places in passes have been given
 
     # ---------------------------------------------------------------------------------------------------------- sessions
@@ -105,7 +95,7 @@ class Generator:
     def admit(self, session: Session) -> None:
         """Takes a new session in, or raises Overloaded at once."""
         prompt, now_s = session.tokens, self._loop.time()
-        source = self._best_source(prompt)
+        source = best_source(self.slots, prompt)
         leaving = self.slots.make_room(session.reserved, source)
         if leaving is None:
             raise Overloaded(
@@ -119,7 +109,7 @@ class Generator:
                 session.begin_with(old.shares(prompt))
             else:
                 self._closing.append(old.handle)
-        self._follow(session)
+        follow(self.slots, session)
         self.slots.live[session] = None
         self._began_s[session] = now_s
         self.counts.prompt_tokens += session.prompt
@@ -135,8 +125,8 @@ class Generator:
         now_s = self._loop.time()
         self._session_s += (now_s - self._began_s.pop(session) - self._session_s) * (0.2 if self._session_s else 1.0)
         self.counts.cached_tokens += session.cached
-        if keep and session.held >= _WORTH:
-            self.slots.keep(session, now_s)
+        if keep and session.held >= WORTH:
+            self._closing += [old.handle for old in self.slots.keep(session, now_s)]
             if self._timer is None:
                 self._timer = self._loop.call_later(_IDLE_S, self._drop_idle)
         else:
@@ -167,50 +157,12 @@ class Generator:
                 session.rebuild(self.new_handle())
         self.advance()
 
-    # --------------------------------------------------------------------------------------------------- what is shared
-
-    def _best_source(self, prompt: np.ndarray) -> Session | None:
-        """Whose caches hold the most of what this prompt begins with."""
-        held = [(min(s.shares(prompt), s.held), s) for s in (*self.slots.live, *self.slots.kept) if s.held >= _WORTH]
-        tokens, best = max(held, key=lambda pair: pair[0], default=(0, None))
-        return best if tokens >= _WORTH else None
-
-    def _follow(self, session: Session) -> None:
-        """Where a session before it is about to compute much of its prompt, it waits for that."""
-        if session.started:
-            return
-        likely = [(other.shares(session.tokens), other) for other in self.slots.live if other.unsent > 1 or other.held < other.prompt]
-        tokens, leader = max(likely, key=lambda pair: pair[0], default=(0, None))
-        source = self._best_source(session.tokens)
-        if leader is not None and tokens - (min(source.shares(session.tokens), source.held) if source else 0) >= _WORTH_WAITING:
-            session.leader, session.shared = leader, tokens
-
-    def _may_start(self, session: Session) -> bool:
-        leader = session.leader
-        if leader is not None and leader.live and leader.held < session.shared and not leader.alone:
-            return False
-        session.leader = None
-        return True
-
-    def _start(self, session: Session, making: _Making) -> None:
-        """Its first step is being made."""
-        source = self._best_source(session.tokens)
-        if source is None or session.alone or session is source:
-            return
-        shared = min(source.shares(session.tokens), source.held)
-        self.slots.touch(source, self._loop.time())
-        if shared == source.held and source in self.slots.kept and not source.in_flight:  # nothing of it is lost: it goes on as this one
-            del self.slots.kept[source]
-            session.handle = source.handle
-        else:
-            making.forks.append(Fork(source.handle, session.handle, shared))
-            making.sources.append(source)
-        session.begin_with(shared)
-
     # ------------------------------------------------------------------------------------------------------------ passes
 
     def advance(self) -> None:
         """Keeps the pipeline full, unless it lacks a node."""
+        if self._taking:
+            return  # it is called again once all of a pass has been looked at
         while not self.deployment.paused and self._make():
             pass
         if self._closing and not self.passes and not self.deployment.paused:
@@ -221,10 +173,11 @@ class Generator:
         live = sorted(self.slots.live, key=_precedence)
         decoding = sum(session.unsent <= 1 for session in live)
         size = self.meter.group(max(decoding, 1))
-        if self.passes and not self.meter.has_room(sum(forward.busy_s for forward in self.passes), size):
-            return False
-        making = _Making()
         ready = [session for session in live if not session.waits]
+        if self.passes and not self.meter.has_room(sum(forward.busy_s for forward in self.passes), size):
+            self._pressed = bool(ready)
+            return False
+        making = Making()
         suspect = next((session for session in ready if session.alone and not session.in_flight), None)
         if suspect is not None:
             self._add(making, suspect, self._most_tokens)
@@ -239,17 +192,17 @@ class Generator:
         self._send(making)
         return True
 
-    def _set_price(self, making: _Making, decoding: int, size: int) -> None:
+    def _set_price(self, making: Making, decoding: int, size: int) -> None:
         """What a pass costs a session, and what a guess costs it more."""
         full = self.meter.full(decoding)
         making.pass_s = self.meter.busy_s(size) / size if full else self.meter.trip_s(1)
         making.token_s = self.meter.token_s(full=full)
 
-    def _add(self, making: _Making, session: Session, most: int) -> None:
+    def _add(self, making: Making, session: Session, most: int) -> None:
         if most < 1 or len(making.entries) >= MAX_STEPS:
             return
-        if not session.started:
-            self._start(session, making)
+        if not (session.started or session.alone):
+            start(self.slots, session, making, self._loop.time())
         if session.unsent > 1:
             step = session.chunk(most)
         else:
@@ -262,33 +215,34 @@ class Generator:
         making.entries.append(Entry(session, step, session.epoch))
         making.tokens += len(step.tokens)
 
-    def _add_prompts(self, making: _Making, waiting: list[Session], decoding: int) -> None:
+    def _add_prompts(self, making: Making, waiting: list[Session], decoding: int) -> None:
         """Pieces of prompts, each in its turn: a short one does not wait for a long one."""
-        waiting = [session for session in waiting if self._may_start(session)]
+        waiting = [session for session in waiting if may_start(session)]
         if not waiting:
             return
         most = making.tokens + min(self._piece(making, waiting, decoding), self._most_tokens - making.tokens)
         for session in waiting:
             self._add(making, session, most - making.tokens)
 
-    def _piece(self, making: _Making, waiting: list[Session], decoding: int) -> int:
-        """How many tokens of prompts go into this pass."""
+    def _piece(self, making: Making, waiting: list[Session], decoding: int) -> int:
+        """How many tokens of prompts go into this pass: at first few, until it is known what they cost."""
+        most = min(max(int(2 * self.meter.largest), 2 * _SHORTEST_CHUNK), _LONGEST_CHUNK)
         if not decoding:
             longest = max(session.unsent for session in waiting)
             pieces = _PIECES_PER_STAGE * len(self.deployment.plan.stages)
-            return min(max(-(-longest // pieces), 2 * _SHORTEST_CHUNK), _LONGEST_CHUNK)
+            return min(max(-(-longest // pieces), 2 * _SHORTEST_CHUNK), most)
         decode_s = self.meter.busy_s(max(making.tokens, 1))
         slope = self.meter.token_s(full=True)
         patience_s = max(_PATIENCE * decode_s, _PATIENCE_S)
-        return min(max(int(patience_s / slope) if slope else _LONGEST_CHUNK, _SHORTEST_CHUNK), _LONGEST_CHUNK)
+        return min(max(int(patience_s / slope) if slope else most, _SHORTEST_CHUNK), most)
 
-    def _send(self, making: _Making) -> None:
+    def _send(self, making: Making) -> None:
         entries = making.entries
         deployment, now_s = self.deployment, self._loop.time()
         closes, self._closing = tuple(self._closing[:MAX_STEPS]), self._closing[MAX_STEPS:]
         for source in making.sources:
             source.in_flight += 1
-        forward = ForwardPass(self, entries, making.sources, self.meter.busy_s(making.tokens), now_s)
+        forward = ForwardPass(self, entries, making.sources, closes, self.meter.busy_s(making.tokens), now_s)
         self.passes.add(forward)
         self.counts.passes += 1
         key = RequestKey(deployment.name, deployment.ingress.name, f"{next(self._numbers):x}")
@@ -318,13 +272,19 @@ class Generator:
             got = None if sampled is None else sampled.shape
             self._excuse(forward, EngineFailure(f"the last stage returned tokens of shape {got}, {forward.wanted} were wanted"))
             return
-        self.meter.returned(forward.tokens, orders.timings if orders is not None else (), self._loop.time() - forward.sent_s)
+        now_s = self._loop.time()
+        self.meter.returned(forward.tokens, orders.timings if orders is not None else (), now_s - forward.sent_s)
+        if self._pressed:
+            self.meter.followed(forward.tokens, now_s - self._returned_s)
+        self._returned_s, self._pressed = now_s, False
+        self._taking = True
         start = 0
         for entry in forward.entries:
             end = start + entry.step.wanted
             if entry.counts:
                 self._take(entry, sampled[start:end])
             start = end
+        self._taking = False
         self.advance()
 
     def _take(self, entry: Entry, sampled: np.ndarray) -> None:
@@ -338,6 +298,7 @@ class Generator:
 
     def failed(self, forward: ForwardPass, error: SplitnetError) -> None:
         self._retire(forward)
+        self._closing += forward.closes  # which stages have heard of them is not known
         self._excuse(forward, error)
 
     def _retire(self, forward: ForwardPass) -> None:

@@ -8,6 +8,8 @@ from nodes.generation.session import Session
 
 __all__ = ["Slots"]
 
+_MOST_KEPT = 64  # each new prompt is held against all of them
+
 
 class Slots:
     """Of every stage alike, for the plan says so. A live session has its slots promised from the start, so that none fails half-way; what is left holds ended sessions, whose
@@ -43,11 +45,15 @@ class Slots:
             del self.kept[session]
         return leaving
 
-    def keep(self, session: Session, now_s: float) -> None:
-        """It has ended."""
+    def keep(self, session: Session, now_s: float) -> list[Session]:
+        """It has ended; returns those that are to be closed, because there are too many."""
         self.live.pop(session, None)
         session.keep(now_s)
         self.kept[session] = None
+        leaving = [s for s in self.kept if not s.in_flight][: max(len(self.kept) - _MOST_KEPT, 0)]
+        for old in leaving:
+            del self.kept[old]
+        return leaving
 
     def touch(self, session: Session, now_s: float) -> None:
         """It was of use."""

@@ -16,6 +16,7 @@ __all__ = ["Line", "Meter"]
 
 _FADE = 0.97  # of a pass's weight with each later one
 _SURPLUS = 1.15  # times a round trip is kept under way: clocks and stages are not even
+_TELLING = 500.0  # squares of tokens, about their mean: less tells nothing of a slope
 _LEARNING = 0.1  # of what lies between the stages
 
 
@@ -25,11 +26,15 @@ class Line:
 
     offset: float
     slope: float
+    _known: float = field(init=False)  # the slope, from points that tell it
     _n: float = 0.0
     _x: float = 0.0
     _y: float = 0.0
     _xx: float = 0.0
     _xy: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._known = self.slope
 
     def add(self, x: float, y: float) -> None:
         self._n = self._n * _FADE + 1
@@ -37,11 +42,12 @@ class Line:
         self._y = self._y * _FADE + y
         self._xx = self._xx * _FADE + x * x
         self._xy = self._xy * _FADE + x * y
-        spread = self._n * self._xx - self._x * self._x
-        if spread > 1e-6 * self._n * self._xx:
-            self.slope = max((self._n * self._xy - self._x * self._y) / spread, 0.0)
-        else:  # all of one size: what is known of the slope still holds, as far as it can
-            self.slope = min(self.slope, self._y / self._x)
+        spread = self._xx - self._x * self._x / self._n
+        rise = self._xy - self._x * self._y / self._n
+        if spread > _TELLING:
+            self.slope = self._known = max(rise / spread, 0.0)
+        else:  # all of about one size: what is known of the slope still holds, as far as it can
+            self.slope = min(max((rise + _TELLING * self._known) / (spread + _TELLING), 0.0), self._y / self._x)
         self.offset = max((self._y - self.slope * self._x) / self._n, 0.0)
         if not self.offset and self._xx:
             self.slope = self._xy / self._xx
@@ -58,7 +64,9 @@ class Meter:
     _busy: Line = field(default_factory=lambda: Line(0.005, 0.0002))
     _compute: Line = field(init=False)
     _net_s: float = 0.0  # what a trip takes beyond computing
+    _extra_s: float = 0.0  # what a pass keeps the slowest part busy beyond computing
     seen: int = 0
+    largest: float = 0.0  # pass that has come back, lately
 
     def __post_init__(self) -> None:
         self._compute = Line(self._busy.offset * self.stages, self._busy.slope * self.stages)
@@ -68,15 +76,21 @@ class Meter:
         if not timings:
             return
         compute_s = [computed for computed, _ in timings]
+        self.largest = max(float(tokens), self.largest * _FADE)
         self._busy.add(tokens, max(compute_s))
         self._compute.add(tokens, sum(compute_s))
         between_s = max(trip_s - math.fsum(itertools.chain(*timings)), 0.0)
         self._net_s += (between_s - self._net_s) * (_LEARNING if self.seen else 1.0)
         self.seen += 1
 
+    def followed(self, tokens: int, interval_s: float) -> None:
+        """A pass has come back so long after the one before it, while there was more to send than was sent: what it cost besides computing, on the nodes and
+        between them. Were fewer under way than fill the pipeline, they came apart by less than is believed, for a surplus is sent: so this finds its level."""
+        self._extra_s += _LEARNING * (interval_s - self._busy.at(tokens) - self._extra_s)
+
     def busy_s(self, tokens: int) -> float:
-        """How long a pass keeps the slowest stage busy."""
-        return max(self._busy.at(tokens), 1e-5)
+        """How long a pass keeps the slowest stage, or link, busy."""
+        return max(self._busy.at(tokens) + max(self._extra_s, 0.0), 1e-5)
 
     def trip_s(self, tokens: int) -> float:
         """How long a pass takes through an empty pipeline."""
@@ -98,6 +112,6 @@ class Meter:
         """How many sessions to put in a pass."""
         for groups in range(1, sessions + 1):
             size = -(-sessions // groups)
-            if groups * self.busy_s(size) >= _SURPLUS * self.trip_s(size):
+            if sessions / size * self.busy_s(size) >= _SURPLUS * self.trip_s(size):
                 return size
         return 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from nodes.engines.decoder.steps import Step
+from nodes.generation.orders import Fork
 from splitnet.errors import NodeUnavailable, SplitnetError
 from splitnet.plan import CLIENT
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from nodes.generation.session import Session
     from nodes.requests import Request
 
-__all__ = ["Entry", "ForwardPass", "Sender"]
+__all__ = ["Entry", "ForwardPass", "Making", "Sender"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,18 @@ class Entry:
     @property
     def counts(self) -> bool:
         return self.session.live and self.session.epoch == self.epoch
+
+
+@dataclass(slots=True)
+class Making:
+    """A pass that is being made. A guess is worth its price: see `PromptLookup.propose`; `pass_s` 0: nothing is guessed."""
+
+    entries: list[Entry] = field(default_factory=list)
+    forks: list[Fork] = field(default_factory=list)
+    sources: list[Session] = field(default_factory=list)
+    tokens: int = 0
+    pass_s: float = 0.0
+    token_s: float = 0.0
 
 
 class Sender(Protocol):
@@ -47,8 +60,11 @@ class Sender(Protocol):
 class ForwardPass:
     """The owner of the request that carries it: see `nodes.requests.Owner`. `sources`: sessions that others are forked from."""
 
-    def __init__(self, sender: Sender, entries: Sequence[Entry], sources: Sequence[Session], busy_s: float, sent_s: float) -> None:
+    def __init__(
+        self, sender: Sender, entries: Sequence[Entry], sources: Sequence[Session], closes: Sequence[int], busy_s: float, sent_s: float
+    ) -> None:
         self.entries = entries
+        self.closes = closes
         self.sources = sources
         self.busy_s = busy_s  # how long it keeps the slowest stage busy, by what is known
         self.sent_s = sent_s

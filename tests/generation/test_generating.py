@@ -9,13 +9,18 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+from raw_stream import RawStream
 from small_engine import NAME, SmallEngine, SmallModel, serve
 
 import splitnet
+from nodes.clients import ClientStream
 from nodes.engines.decoder.steps import Sampling
 from nodes.generation.generator import Generator
 from nodes.testing import LocalCluster
 from splitnet.errors import BadInput, DeadlineExceeded, EngineFailure, Overloaded
+from splitnet.generation import GenerateRequest
+from splitnet.rpc.v1 import node_pb2 as pb
+from splitnet.wire import tensor_chunks
 
 MODEL = SmallModel()
 CONTEXT, SESSIONS = 512, 8
@@ -46,7 +51,7 @@ def settled(cluster: LocalCluster, engines: list[SmallEngine], name: str = NAME)
         kept = {session.handle for session in here.slots.kept}
         busy = here.slots.live or here.passes or any(len(cluster.server(n).ledger.requests) for n in cluster.names)
         stages = [s for n in cluster.names for s in cluster.server(n).ledger.deployments[name].stages.values()]
-        return not busy and all(set(stage.sessions._handles) == kept for stage in stages)
+        return not busy and all(set(stage.sessions._handles) <= kept for stage in stages)
 
     until(at_rest)
     assert all(len(engine._figures) <= len(here.slots.kept) for engine in engines)
@@ -83,7 +88,7 @@ def test_sampling_hangs_on_the_seed_alone(address: str) -> None:
 
 
 async def test_many_sessions_at_once_do_not_disturb_each_other(address: str) -> None:
-    wanted = [(prompt(random.Random(i).randrange(1, 60), i), 5 + i % 20) for i in range(24)]
+    wanted = [(prompt(random.Random(i).randrange(1, 60), i), 5 + i % 20) for i in range(16)]
     async with splitnet.AsyncClient(address, NAME) as client:
 
         async def run(ids: list[int], count: int) -> list[int]:
@@ -204,12 +209,24 @@ async def test_a_pass_that_fails_is_made_again_by_the_sessions_one_by_one(addres
 
 async def test_a_stage_that_forgets_its_caches_gets_them_again(address: str, engines: list[SmallEngine]) -> None:
     async with splitnet.AsyncClient(address, NAME) as client:
-        stream = client.generate(prompt(30, 50), 300)
+        stream = client.generate(prompt(30, 50), 100)
         came = [await anext(stream) for _ in range(5)]
         for kept in (engines[1]._figures, engines[1]._tokens, engines[1]._sampling):
             kept.clear()
         came += [token async for token in stream]
-    assert came == MODEL.generate(prompt(30, 50), 300)
+    assert came == MODEL.generate(prompt(30, 50), 100)
+
+
+def test_stages_whose_ingress_has_gone_keep_nothing(address: str, cluster: LocalCluster) -> None:
+    ids = prompt(40, 60)
+    with splitnet.Client(address, NAME) as client:
+        assert list(client.generate(ids, 5)) == MODEL.generate(ids, 5)
+        for name in ("b", "c"):
+            ledger = cluster.server(name).ledger
+            deployment = ledger.deployments[NAME]
+            ledger.loop.call_soon_threadsafe(ledger.forget_sessions, deployment)
+            until(lambda held=deployment: not any(len(stage.sessions) for stage in held.stages.values()))
+        assert list(client.generate(ids, 8)) == MODEL.generate(ids, 8)  # from the beginning, again
 
 
 @pytest.mark.parametrize(
@@ -237,3 +254,40 @@ async def test_a_stage_that_forgets_its_caches_gets_them_again(address: str, eng
 def test_what_cannot_be_is_refused(address: str, ids: object, count: int, options: dict[str, object], message: str) -> None:
     with splitnet.Client(address, NAME) as client, pytest.raises(BadInput, match=message):
         list(client.generate(ids, count, **options))  # type: ignore[arg-type]
+
+
+def test_a_client_that_does_not_read_loses_its_session(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for it is bounded."""
+    monkeypatch.setattr("nodes.generation.desk._MOST_UNSENT", 50)
+    engines = serve(cluster, MODEL, context=1 << 12, name="unread")
+    client = cluster._loop.run(_ask_and_never_read(cluster, GenerateRequest(4000)))
+    until(lambda: not client.calls)
+    assert client.outbox.backlog == 1  # it is told why, should it ever read
+    assert 50 < generator(cluster, "unread").counts.new_tokens < 200
+    settled(cluster, engines, "unread")
+
+
+async def _ask_and_never_read(cluster: LocalCluster, wanted: GenerateRequest) -> ClientStream:
+    head, payload = next(tensor_chunks("input_ids", np.array([1, 2, 3])))
+    frame = pb.Frame(request="a", deployment="unread", tensor=head, generate=wanted.to_message(), end=True)
+    client = ClientStream()  # whose outbox nobody empties
+    await cluster.server("a")._servicer._ingress.receive(client, frame, payload)
+    return client
+
+
+def test_a_deployment_does_what_it_was_made_for(address: str) -> None:
+    with splitnet.Client(address, NAME) as client, pytest.raises(BadInput, match="only generates text"):
+        client.infer({"input_ids": np.array([1, 2])})
+
+
+async def test_options_that_no_client_would_send_are_refused(address: str) -> None:
+    async with RawStream(address) as stream:
+        for request, options in (
+            ("a", {"max_new_tokens": 3, "temperature": -1.0}),
+            ("b", {"max_new_tokens": 0}),
+            ("c", {"max_new_tokens": 600}),
+        ):
+            head, payload = next(tensor_chunks("input_ids", np.array([1, 2])))
+            await stream.send(payload, request=request, deployment=NAME, tensor=head, generate=pb.Generate(**options), end=True)  # type: ignore[arg-type]
+            answer = await stream.answer(request)
+            assert isinstance(answer, BadInput)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_engine import SmallModel
 
@@ -38,6 +38,7 @@ _ORDERS = st.builds(
 )
 
 
+@settings(max_examples=40)
 @given(_ORDERS)
 def test_orders_come_out_as_they_went_in(orders: Orders) -> None:
     again = decode_orders(encode_orders(orders.timed(0.25, 0.0064)))
@@ -53,6 +54,7 @@ def test_orders_come_out_as_they_went_in(orders: Orders) -> None:
         assert mine.tokens.tolist() == theirs.tokens.tolist()
 
 
+@settings(max_examples=60)
 @given(st.binary(max_size=60) | st.tuples(_ORDERS, st.integers(0, 200), st.integers(0, 255)).map(lambda t: _damaged(*t)))
 def test_bytes_that_are_no_orders_are_refused(data: bytes) -> None:
     try:
@@ -76,6 +78,7 @@ def test_a_decode_step_takes_few_bytes() -> None:
 # ------------------------------------------------------------------------------------------------------------- guesses
 
 
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 3), max_size=30), st.integers(1, 8))
 def test_a_guess_is_what_followed_the_same_words(tokens: list[int], most: int) -> None:
     array = np.array(tokens, np.int32)
@@ -135,7 +138,7 @@ def test_guessed_tokens_are_distributed_as_plain_sampling() -> None:
     """With other seeds: how often each token comes after a guess, against the probabilities of the model (chi squared)."""
     probabilities = np.array([0.4, 0.3, 0.2, 0.08, 0.02])
     scores = np.log(probabilities).astype(np.float32)
-    rounds = 4000
+    rounds = 1500
     found = np.zeros((2, 5))
     for seed in range(rounds):
         sampled = [next_token(scores.copy(), Sampling(1.0, seed=seed), np.array([]), position) for position in (7, 8)]
@@ -202,6 +205,17 @@ def test_slots_are_promised_from_the_start_and_kept_until_others_need_them() -> 
     first.in_flight = 0
     assert slots.make_room(41, None) == [first]
     assert not slots.kept
+
+
+def test_only_so_many_ended_sessions_are_kept() -> None:
+    slots = Slots(10**6)
+    closed = []
+    for number in range(70):
+        session = _session([1] * 20, 20, number)
+        session.held = 20
+        closed += [old.handle for old in slots.keep(session, float(number))]
+    assert closed == list(range(6))
+    assert len(slots.kept) == 64
 
 
 def test_what_a_prompt_shares_leaves_one_token_to_compute() -> None:
