@@ -196,14 +196,16 @@ class Lean:
         found = attend(
             current, index, both[: layer.heads], both[layer.heads :], joined[:, turned:].transpose(0, 1), layer.scale, layer.window
         )
-        return layer.out(found.view(rows, -1))
+        answer: torch.Tensor = layer.out(found.view(rows, -1))
+        return answer
 
     def _mlp(self, layer: _Layer, x: torch.Tensor) -> torch.Tensor:
         if layer.gate_up is None or layer.down is None:
             found: torch.Tensor = layer.module.mlp(x[None])[0]
             return found
         gate, up = layer.gate_up(x).chunk(2, dim=-1)
-        return layer.down((_silu(gate) if self._activation is None else self._activation(gate)).mul_(up))
+        answer: torch.Tensor = layer.down((_silu(gate) if self._activation is None else self._activation(gate)).mul_(up))
+        return answer
 
     def _angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[rows, 1, rotary size] each, cosine and signed sine, by transformers' own rotary module."""
