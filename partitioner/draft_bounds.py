@@ -10,13 +10,15 @@ import numpy as np
 from partitioner.cost import Machine
 from partitioner.draft import Draft
 from partitioner.solvers.bound import Instance, bottleneck_bound, latency_bound, shared_bound
+from partitioner.solvers.chain import solve_chain
 from partitioner.solvers.graphs import overhead_arrays
 from partitioner.solvers.placement import Placement, Scale
-from partitioner.solvers.problem import Floats, Objective
+from partitioner.solvers.problem import Floats, Objective, interval_memory
 from partitioner.solvers.reading import link_arrays
 from partitioner.solvers.tiers import two_tiers
+from partitioner.structure import Structure
 
-__all__ = ["bound_s", "cuts_for_two"]
+__all__ = ["bound_s", "chain_bound_s", "cuts_for_two"]
 
 _MAX_TIERS = 3000  # operators for which a minimum cut is looked for
 
@@ -61,6 +63,37 @@ def _shared_s(draft: Draft, machine: Machine, seconds: Floats, stages: int) -> f
     arrivals = all(f for f, operator in zip(fed, draft.operators, strict=True) if operator.counts)
     threads = {k: machine.threads[name] for k, name in enumerate(draft.names) if name in machine.threads}
     return shared_bound(seconds, threads, machine.cores, overhead_arrays(draft.names, draft.overheads), stages, arrivals)
+
+
+def chain_bound_s(draft: Draft, goal: Objective, stages: range) -> float:
+    """What the best plan of a simple chain, with one stage per node, cannot fall below; 0 for a model that is none. There the dynamic programme is
+    exact but for the cheap operators, which a plan may have on either side of a cut: here they run where they are fastest (for throughput: nowhere),
+    and what is sent is the smallest of what they pass on. Wishes that only rule plans out, and the cores that nodes share, are left away."""
+    kept = [i for i, o in enumerate(draft.operators) if o.counts]
+    positions = draft.positions
+    if not _is_path(draft.structure) or len(positions) != len(kept) + 1 or draft.codecs.ratio_at is not None:
+        return 0.0
+    problem = draft.problem(positions)
+    own = draft.costly.param_bytes
+    memory = interval_memory([0.0] * len(kept), [[(str(i), float(size))] for i, size in enumerate(own)], np.zeros(len(positions)))
+    allowed = None if draft.allowed is None else draft.allowed[:, kept]
+    relaxed = replace(problem, seconds=draft.seconds[:, kept], memory=memory, allowed=allowed)
+    cheap_s = np.delete(draft.seconds, kept, axis=1).min(axis=0).sum() if goal == "latency" else 0.0  # one after the other, each somewhere
+    return solve_chain(relaxed, goal, stages=stages).bound_s + float(cheap_s)
+
+
+def _is_path(structure: Structure) -> bool:
+    """Whether each operator takes the one value that the operator before it makes, and nothing else but parameters."""
+    if len(structure.inputs) != 1 or len(structure.outputs) != 1:
+        return False
+    last = structure.inputs[0].name
+    for vertex in structure.vertices:
+        if vertex.op == "input":
+            continue
+        if tuple(vertex.inputs) != (last,) or len(vertex.values) != 1:
+            return False
+        last = vertex.values[0].name
+    return structure.outputs[0].value == last
 
 
 def cuts_for_two(draft: Draft, goal: Objective, scale: Scale) -> Iterator[Placement]:

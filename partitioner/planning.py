@@ -12,7 +12,7 @@ from partitioner.asked import check_asked
 from partitioner.calibration import Calibration
 from partitioner.cost import CodecFigures
 from partitioner.draft import Draft
-from partitioner.draft_bounds import bound_s, cuts_for_two
+from partitioner.draft_bounds import bound_s, chain_bound_s, cuts_for_two
 from partitioner.profiling import Profile
 from partitioner.solvers.arguments import check_kinds
 from partitioner.solvers.choosing import pipeline_depth
@@ -116,7 +116,7 @@ def plan(
 def _best(draft: Draft, goal: Objective, allowed: range, tolerance: float, margin: float) -> Plan:
     scale = draft.scale(goal, allowed)
     problem = draft.problem(draft.positions)
-    bound = bound_s(draft, goal, min(allowed))
+    bound = max(bound_s(draft, goal, min(allowed)), chain_bound_s(draft, goal, allowed))
     best, _ = best_in_order(scale, problem, draft.positions, bound_s=bound)
     if best is None:
         operators = [draft.operators[a].name for a in draft.positions[:-1]]

@@ -99,7 +99,7 @@ class Sums:
                 continue
             total = filled.cost[..., self.length].copy()  # (n, K, F, E)
             if depth > 1:
-                total += (self.back if self.firsts > 1 else np.zeros((self.kinds, 1)))[None, :, :, None]
+                total += (self.back if self.firsts == self.kinds else np.zeros((self.kinds, 1)))[None, :, :, None]
             cheapest = total.argmin(axis=3)
             value = np.take_along_axis(total, cheapest[..., None], axis=3)[..., 0]
             for row, last, first in zip(*np.nonzero(np.isfinite(value)), strict=True):

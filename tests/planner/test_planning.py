@@ -136,6 +136,22 @@ def test_no_split_is_predicted_better_than_the_plan(objective: str) -> None:
     assert tried > 50
 
 
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+@pytest.mark.parametrize("speed", [{}, {"b": 0.5, "c": 3.0}])
+def test_of_a_simple_chain_the_plan_is_proven_to_be_the_best(objective: str, speed: dict[str, float]) -> None:
+    """However many stages are asked for; and no cut by hand on any nodes in any order is below the bound."""
+    profile, nodes = profile_of(structure(5, skip=False)), cluster({"a": 0, "b": 0, "c": 0}, speed)
+    found = plan(profile, nodes, objective=objective, stages=2)
+    assert found.prediction is not None
+    best_s = found.prediction.latency_s if objective == "latency" else 1 / found.prediction.throughput_per_s
+    assert found.prediction.bound == pytest.approx(best_s, rel=1e-9)
+    for order in itertools.permutations(["a", "b", "c"], 2):
+        for k in range(1, 5):
+            other = plan(profile, nodes, objective=objective, at=[f"linear{k}"], nodes=order).prediction
+            assert other is not None
+            assert (other.latency_s if objective == "latency" else 1 / other.throughput_per_s) >= found.prediction.bound * (1 - 1e-9)
+
+
 def test_cuts_by_hand() -> None:
     chosen = plan(profile_of(structure()), cluster({"a": 0, "b": 0, "c": 0}), at=["linear2", "add4"], nodes=["c", "a", "b"])
     assert [stage.node for stage in chosen.stages] == ["c", "a", "b"]

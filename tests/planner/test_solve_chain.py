@@ -123,6 +123,16 @@ def test_equals_brute_force(objective: str) -> None:
 
 
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_between_equal_devices_the_answers_way_home_counts(objective: str) -> None:
+    graph = chain([{"seconds": {"a": 8 * TICK, "b": 8 * TICK}, "param_bytes": 40} for _ in range(3)], [16, 16])
+    graph.nodes["op2"]["output_bytes"] = 64
+    links = dict.fromkeys(itertools.permutations("ab"), (1024.0, 2 * TICK))
+    plan = solve(graph, {"a": 119, "b": 119}, links, objective)
+    assert plan.prediction is not None
+    assert plan.prediction.bound == reached(plan) == ((3 * 8 + 2 + 16 + 2 + 64) * TICK if objective == "latency" else 64 * TICK)
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
 def test_forced_number_of_stages_equals_brute_force(objective: str) -> None:
     tried = 0
     for seed in range(60):
