@@ -217,7 +217,9 @@ def plan(
     check_asked(cluster, **asked)
     replicas = int(bool(standby)) if replicas is None else replicas
     if replicas and asked.get("private"):
-        raise BadInput("--replicas would put what is private on another node, too", remedy="leave out --private, or --replicas and --standby")
+        raise BadInput(
+            "--replicas would put what is private on another node, too", remedy="leave out --private, or --replicas and --standby"
+        )
     if others["generate"]:
         from partitioner.decoders.command import plan_generating
 

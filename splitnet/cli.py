@@ -128,7 +128,12 @@ def _load(entry_point: EntryPoint) -> click.Command:
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="splitnet", message="%(prog)s %(version)s")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.option("--certs", type=click.Path(file_okay=False), default=None, help="The folder with your certificate.  [default: SPLITNET_CERTS, or ~/.config/splitnet/certs]")
+@click.option(
+    "--certs",
+    type=click.Path(file_okay=False),
+    default=None,
+    help="The folder with your certificate.  [default: SPLITNET_CERTS, or ~/.config/splitnet/certs]",
+)
 @click.option("--insecure", is_flag=True, help="Speak plaintext to other machines, too; also SPLITNET_INSECURE=1.")
 @click.pass_context
 def cli(ctx: click.Context, debug: bool, certs: str | None, insecure: bool) -> None:

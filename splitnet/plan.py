@@ -302,7 +302,9 @@ def _check(plan: Plan) -> None:
 def _check_generation(plan: Plan, generation: Generation) -> None:
     """A chain, and figures for each of its stages."""
     if plan.batching.on:
-        raise BadPlan("steps of sessions that generate are joined by the nodes themselves", remedy="leave --max-batch and --microbatch away")
+        raise BadPlan(
+            "steps of sessions that generate are joined by the nodes themselves", remedy="leave --max-batch and --microbatch away"
+        )
     names = [stage.name for stage in plan.stages]
     if lacking := [name for name in names if name not in generation.kv_bytes_per_token]:
         raise BadPlan(f"generation.kv_bytes_per_token: nothing is said of stage {lacking[0]!r}")
