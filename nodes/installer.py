@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 
 from nodes.admission import Admission
 from nodes.compute import ComputeThread
@@ -58,10 +58,18 @@ class Installer:
         return sum(deployment.reserved_bytes for deployment in self._ledger.deployments.values()) - self._shelf.saved_bytes
 
     async def activate(
-        self, name: str, plan_json: bytes, node: str, shards: Mapping[str, str], *, generation: int = 0, wait: bool = False
+        self,
+        name: str,
+        plan_json: bytes,
+        node: str,
+        shards: Mapping[str, str],
+        *,
+        generation: int = 0,
+        wait: bool = False,
+        check: Callable[[Mapping[str, str]], None] | None = None,
     ) -> tuple[Deployment, float]:
         """The deployment, and how long loading took (0 where it was active already). `wait`: it takes no new calls before `switch`.
-        Nothing is left behind when this raises: BadPlan, BadShard, NotFound (a shard was not shipped), AlreadyExists,
+        `check` sees the shards that are about to be used here, by stage, whoever named them, and raises where they must not be. Nothing is left behind when this raises: BadPlan, BadShard, NotFound (a shard was not shipped), AlreadyExists,
         InsufficientMemory, NodeUnavailable (draining)."""
         plan = await asyncio.to_thread(Plan.from_json, plan_json)
         own = plan.node(node)
@@ -73,6 +81,8 @@ class Installer:
         generation = generation or FIRST
         key = generation_key(name, generation)
         wanted = {spec.name: _shard_name(spec, shards) for spec in specs}
+        if check is not None:
+            check(wanted)
         while True:
             async with self._lock:
                 active = self._ledger.deployments.get(key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -203,7 +204,6 @@ class Servicer(NodeServicer):
     async def Activate(self, request: pb.ActivateRequest, context: Context) -> pb.ActivateReply:
         async def act() -> pb.ActivateReply:
             note(f"{request.deployment}@{request.generation} plan {hashlib.sha256(request.plan_json).hexdigest()[:12]}")
-            self._certificates.check_shards(request.shards, request.signatures)
             deployment, load_s = await self._installer.activate(
                 request.deployment,
                 request.plan_json,
@@ -211,6 +211,7 @@ class Servicer(NodeServicer):
                 dict(request.shards),
                 generation=request.generation,
                 wait=request.wait,
+                check=functools.partial(self._certificates.check_shards, signatures=request.signatures),
             )
             return pb.ActivateReply(reserved_bytes=deployment.reserved_bytes, load_s=load_s)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import shutil
 import socket
@@ -18,8 +19,10 @@ import splitnet
 from nodes.certificates import find_certs
 from nodes.config import NodeConfig
 from nodes.testing import LocalCluster
+from splitnet import channel
 from splitnet.commands.deploying import bundle, deploy
 from splitnet.errors import NodeUnavailable, NotFound, NotPermitted
+from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.security import certificates
 from splitnet.security.authority import Authority
 from splitnet.security.credentials import Credentials, use_access
@@ -98,6 +101,21 @@ def test_shards_that_no_operator_has_signed_are_refused(cluster: LocalCluster, a
     use_access(unsigned)
     with pytest.raises(NotPermitted, match=r"shard .* of stage .* has no signature"):
         splitnet.deploy(plan, shards, name="unsigned")
+
+
+def test_shards_that_only_the_plan_names_are_checked_too(cluster: LocalCluster, authority: Path, tmp_path: Path) -> None:
+    """An Activate may leave its own list of shards empty; the node then takes them from the plan."""
+    plan, _ = write_chain(tmp_path, cluster.cluster(), seed=3)
+    plan_json = plan.to_json().encode()
+    assert all(stage.shard for stage in plan.stages)
+
+    async def activate() -> None:
+        async with channel.open_channel(cluster.addresses["a"], node="a", credentials=authority / "operator") as opened:
+            with channel.translated(cluster.addresses["a"]):
+                await channel.stub(opened).Activate(pb.ActivateRequest(deployment="named", plan_json=plan_json, node="a"))
+
+    with pytest.raises(NotPermitted, match=r"shard .* of stage .* has no signature"):
+        asyncio.run(activate())
 
 
 def test_plaintext_does_not_get_in(cluster: LocalCluster) -> None:
