@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,8 @@ def test_what_cannot_be_measured_is_refused(
 
 def test_a_node_with_too_little_memory_gets_anothers_figures(boxes: LocalCluster, llama: DecoderModel) -> None:
     cluster = boxes.cluster()
+    another = replace(cluster.node("b"), processor="another", reference_s=1.0)  # or it may count as equal to the first one
+    cluster = replace(cluster, nodes=(cluster.node("a"), another))
     found = measure_decoder(llama, WORKLOAD, cluster=cluster, columns=("float32/float32",), budget_s=0.05)
     assert set(found.columns) == {"a"}
     known = cluster.node("b")

@@ -24,7 +24,7 @@ class NoTorch:
 
 sys.meta_path.insert(0, NoTorch())
 found = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name in ("torch", "onnx") else found(name, package)
+importlib.util.find_spec = lambda name, package=None: None if name in ("torch", "transformers", "onnx") else found(name, package)
 from splitnet.cli import main
 sys.exit(main())
 """

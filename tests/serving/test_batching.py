@@ -16,6 +16,7 @@ from small_models import Split, at_rest, chain, diamond, fragile, slow, split, s
 import splitnet
 from nodes.testing import LocalCluster
 from splitnet import Batching, wire
+from splitnet.commands import deploying
 from splitnet.commands import install as commands
 from splitnet.errors import BadInput, BadPlan, Cancelled, DeadlineExceeded, EngineFailure
 from splitnet.install import deploy, status, undeploy
@@ -261,9 +262,9 @@ def test_the_command_sets_what_status_shows(cluster: LocalCluster, tmp_path: Pat
     served = split(chain(), cluster.cluster(), tmp_path / "plan.shards", stages_by(a="linear relu", b="*"))
     served.plan.save(tmp_path / "plan.json")
     run, plan = CliRunner(), str(tmp_path / "plan.json")
-    refused = run.invoke(commands.deploy, [plan, "--max-delay", "2parsecs"])
+    refused = run.invoke(deploying.deploy, [plan, "--max-delay", "2parsecs"])
     assert (refused.exit_code, "2parsecs" in refused.output) == (2, True)
-    done = run.invoke(commands.deploy, [plan, "--name", "set", "--max-batch", "8", "--max-delay", "2ms", "--microbatch", "4"])
+    done = run.invoke(deploying.deploy, [plan, "--name", "set", "--max-batch", "8", "--max-delay", "2ms", "--microbatch", "4"])
     assert done.exit_code == 0, done.output
     assert told(served, "set").batching == Batching(8, 0.002, 4)
     shown = run.invoke(commands.status, ["--cluster", plan]).output

@@ -161,7 +161,7 @@ async def test_describe_says_what_a_client_needs(cluster: LocalCluster, served: 
     (link,) = reply.links
     assert (link.target, link.address, link.connected) == ("b", cluster.addresses["b"], True)
     assert link.raw_bytes - before.links[0].raw_bytes == link.sent_bytes - before.links[0].sent_bytes == 2 * 16 * 4
-    assert list(reply.engines) == ["torch-graph", "torch-fast", "onnx"]
+    assert list(reply.engines) == ["torch-graph", "torch-fast", "onnx", "decoder"]
     assert {"raw", "zstd"} <= set(reply.codecs)
     assert reply.process_memory_bytes > 1 << 20
     assert not reply.draining
