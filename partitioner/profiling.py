@@ -211,7 +211,8 @@ def matched(seconds: Sequence[float], whole_s: float) -> list[float]:
     if not ran:
         return list(seconds)
     shift = (whole_s - math.fsum(seconds)) / ran
-    shift = min(max(shift, -_LARGEST_SHIFT_S), _LARGEST_SHIFT_S)
+    if abs(shift) > _LARGEST_SHIFT_S:
+        shift = 0.0
     # Never below a tenth of its measured time: a constant must not erase a small operator.
     shifted = [max(s + shift, s / 10) if s > 0 else 0.0 for s in seconds]
     scale = whole_s / math.fsum(shifted)

@@ -92,8 +92,13 @@ class Program:
                 dying.setdefault(i, []).append(name)
         self._steps = [self._step(op, dying.get(i, [])) for i, op in enumerate(document.operators)]
 
-    def run(self, inputs: Sequence[Any], on_step: Callable[[Operator, float, Any], None] | None = None) -> list[Any]:
-        """The outputs, in the document's order. `on_step` is called after each operator with its seconds and its result. Raises
+    def run(
+        self,
+        inputs: Sequence[Any],
+        on_step: Callable[[Operator, float, Any], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> list[Any]:
+        """The outputs, in the document's order. `on_step` is called after each operator with its seconds by `clock` and its result. Raises
         EngineFailure that names the operator which failed. The caller chooses the gradient mode."""
         registers: list[Any] = [None] * len(self._registers)
         registers[: len(inputs)] = inputs
@@ -122,7 +127,7 @@ class Program:
                         registers[slot] = None
             else:
                 for step in self._steps:
-                    self._observed(step, registers, on_step)
+                    self._observed(step, registers, on_step, clock)
         except Exception as error:  # whatever a kernel raises becomes ours, with its place
             if step is None:
                 raise
@@ -130,15 +135,15 @@ class Program:
         return [registers[slot] for slot in self._outputs]
 
     @staticmethod
-    def _observed(step: _Step, registers: list[Any], on_step: Callable[[Operator, float, Any], None]) -> None:
-        start = time.perf_counter()
+    def _observed(step: _Step, registers: list[Any], on_step: Callable[[Operator, float, Any], None], clock: Callable[[], float]) -> None:
+        start = clock()
         args = step.template.copy()
         for position, slot in step.slots:
             args[position] = registers[slot]
         for position, make in step.makers:
             args[position] = make(registers)
         result = step.function(*args, **step.kwargs, **{key: make(registers) for key, make in step.kwmakers})
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         if step.out >= 0:
             registers[step.out] = result
         else:

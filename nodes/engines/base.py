@@ -51,7 +51,7 @@ class TimedEngine(Engine, Protocol):
     hold are random ones of their spec, as many bytes as the manifest declares at most."""
 
     def run_timed(self, inputs: Mapping[str, np.ndarray], on_operator: Callable[[str, float], None]) -> dict[str, np.ndarray]:
-        """As `run`; `on_operator` gets the first value that an operator produces, and its seconds."""
+        """As `run`; `on_operator` gets the first value that an operator produces, and its seconds (processor time where one thread computes)."""
         ...
 
 

@@ -163,6 +163,12 @@ def test_operators_add_up_to_the_undisturbed_run() -> None:
     assert matched([0.0, 2.0], 1.0)[0] == 0.0
 
 
+def test_a_box_that_is_held_back_spends_that_on_operators_as_they_are_long() -> None:
+    """At a quarter of a processor a run takes four times as long as its operators compute; the small ones must not bear as much of it as the large."""
+    assert matched([1e-3, 10e-6, 10e-6, 4e-3], 4 * 5.02e-3) == pytest.approx([4e-3, 40e-6, 40e-6, 16e-3])
+    assert matched([1e-3, 10e-6, 4e-3], 5.01e-3 + 3 * 2e-6) == pytest.approx([1.002e-3, 12e-6, 4.002e-3]), "what the clock does not see"
+
+
 def _blobs(boxes: LocalCluster, name: str) -> set[str]:
     return {path.name for folder in ("blobs", "parts") for path in (boxes.config(name).directory / folder).iterdir()}
 
