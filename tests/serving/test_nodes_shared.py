@@ -86,6 +86,12 @@ async def test_a_deployment_that_goes_under_load_disturbs_no_other(
         assert answered
         assert not failures
     failed = [failure for _, failures in await asyncio.gather(*shaken) for failure in failures]
-    assert {type(failure).__name__ for failure in failed} <= {"NotFound", "Cancelled", "NodeUnavailable"}, failed
+    clean = {
+        "NotFound",
+        "Cancelled",
+        "NodeUnavailable",
+        "Overloaded",
+    }  # the last: by the pace that is predicted, four clients may be too many
+    assert {type(failure).__name__ for failure in failed} <= clean, failed
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR], caplog.text
     at_rest(cluster)
