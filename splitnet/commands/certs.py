@@ -9,20 +9,10 @@ from pathlib import Path
 
 import click
 
+from splitnet.commands.authority_options import directory_option, json_option
 from splitnet.commands.limits import limit_options, limits_of
 
 __all__ = ["certs"]
-
-_DIR = click.option(
-    "--dir",
-    "directory",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("certs"),
-    show_default=True,
-    envvar="SPLITNET_AUTHORITY",
-    help="The authority's folder; also SPLITNET_AUTHORITY.",
-)
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
 @click.group()
@@ -44,10 +34,10 @@ def certs() -> None:
 
 
 @certs.command()
-@_DIR
+@directory_option
 @click.option("--operator", default="operator", show_default=True, help="The first operator's name.")
 @click.option("--days", type=click.IntRange(1, 36500), default=3650, show_default=True, help="How long the authority holds.")
-@_JSON
+@json_option
 def init(directory: Path, operator: str, days: int, as_json: bool) -> None:
     """Make an authority, and the first operator's certificate.
 
@@ -70,7 +60,7 @@ def init(directory: Path, operator: str, days: int, as_json: bool) -> None:
 
 @certs.command()
 @click.argument("name")
-@_DIR
+@directory_option
 @click.option(
     "--role",
     type=click.Choice(["node", "operator", "client", "observer", "guest"]),
@@ -87,7 +77,7 @@ def init(directory: Path, operator: str, days: int, as_json: bool) -> None:
 )
 @click.option("--days", type=click.IntRange(1, 36500), default=90, show_default=True, help="How long it holds.")
 @limit_options
-@_JSON
+@json_option
 def issue(
     name: str,
     directory: Path,
@@ -124,10 +114,10 @@ def issue(
 
 @certs.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@_DIR
+@directory_option
 @click.option("--authority", "of_authority", is_flag=True, help="Make a new authority, which is trusted beside the old one.")
 @click.option("--drop-old", is_flag=True, help="Trust only the newest authority from now on.")
-@_JSON
+@json_option
 def rotate(names: tuple[str, ...], directory: Path, of_authority: bool, drop_old: bool, as_json: bool) -> None:
     """Renew certificates, with new keys: all of them, or those named. Copy the folders again; nodes take them without a restart.
 
@@ -161,8 +151,8 @@ def rotate(names: tuple[str, ...], directory: Path, of_authority: bool, drop_old
 
 @certs.command()
 @click.argument("name")
-@_DIR
-@_JSON
+@directory_option
+@json_option
 def revoke(name: str, directory: Path, as_json: bool) -> None:
     """Refuse every certificate of NAME from now on. Nodes learn it from the policy: `splitnet token push`, or copy policy.json.
 
@@ -183,8 +173,8 @@ def revoke(name: str, directory: Path, as_json: bool) -> None:
 
 
 @certs.command(name="list")
-@_DIR
-@_JSON
+@directory_option
+@json_option
 def list_(directory: Path, as_json: bool) -> None:
     """Show what was issued to whom, and until when it holds.
 

@@ -11,20 +11,10 @@ from pathlib import Path
 
 import click
 
+from splitnet.commands.authority_options import directory_option, json_option
 from splitnet.commands.limits import limit_options, limits_of, seconds_of
 
 __all__ = ["token"]
-
-_DIR = click.option(
-    "--dir",
-    "directory",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("certs"),
-    show_default=True,
-    envvar="SPLITNET_AUTHORITY",
-    help="The authority's folder; also SPLITNET_AUTHORITY.",
-)
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
 @click.group()
@@ -42,7 +32,7 @@ def token() -> None:
 
 @token.command()
 @click.argument("name")
-@_DIR
+@directory_option
 @click.option(
     "--role", type=click.Choice(["client", "observer", "operator"]), default="client", show_default=True, help="What its holder may do."
 )
@@ -51,7 +41,7 @@ def token() -> None:
 )
 @click.option("--expires", default="90d", show_default=True, metavar="TIME", help="How long it holds: 30d, 12h.")
 @limit_options
-@_JSON
+@json_option
 def create(
     name: str,
     directory: Path,
@@ -82,8 +72,8 @@ def create(
 
 
 @token.command(name="list")
-@_DIR
-@_JSON
+@directory_option
+@json_option
 def list_(directory: Path, as_json: bool) -> None:
     """Show the tokens, without their secrets.
 
@@ -119,8 +109,8 @@ def list_(directory: Path, as_json: bool) -> None:
 
 @token.command()
 @click.argument("name")
-@_DIR
-@_JSON
+@directory_option
+@json_option
 def revoke(name: str, directory: Path, as_json: bool) -> None:
     """Refuse the token NAME from now on.
 
@@ -136,9 +126,9 @@ def revoke(name: str, directory: Path, as_json: bool) -> None:
 
 
 @token.command()
-@_DIR
+@directory_option
 @click.option("--cluster", "where", type=click.Path(dir_okay=False, path_type=Path), required=True, help="cluster.toml, or a plan.")
-@_JSON
+@json_option
 @click.pass_context
 def push(ctx: click.Context, directory: Path, where: Path, as_json: bool) -> None:
     """Bring tokens, revocations and limits to the nodes, which apply them at once, to calls under way, too.
