@@ -12,6 +12,7 @@ from nodes.admission import Buffers
 from nodes.clients import ClientStream
 from nodes.deployment import Deployment
 from nodes.logs import Log
+from nodes.noising import Released
 from nodes.requests import Holder, Request
 from splitnet.errors import DeadlineExceeded, SplitnetError, UserError
 from splitnet.plan import CLIENT
@@ -41,6 +42,7 @@ class Call(Holder):
         "losses",
         "priority",
         "received",
+        "released",
         "requests",
         "rows",
         "started_s",
@@ -68,6 +70,7 @@ class Call(Holder):
         self.received = False  # the client has sent all of it
         self.losses = 0  # how often what was under way of it was lost with a node
         self.rows = 1
+        self.released: Released | None = None  # what has left of it with noise
         self.kind: Hashable = None
         self.requests: set[Request] = set()  # that carry rows of it now
         self.awaited = set(deployment.outputs)  # values that make up the answer and have not all arrived
@@ -104,6 +107,7 @@ class Call(Holder):
             self.timer.cancel()
         self.inputs.clear()
         self._gathered.clear()
+        self.released = None
         super().end()
 
 

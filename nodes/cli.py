@@ -46,7 +46,7 @@ __all__ = ["node"]
 @click.option(
     "--heartbeat",
     type=click.FloatRange(0),
-    default=0.1,
+    default=0.15,
     show_default=True,
     metavar="SECONDS",
     help="How often this node and those it sends to say that they are there; 0: never.",
@@ -54,7 +54,7 @@ __all__ = ["node"]
 @click.option(
     "--patience",
     type=click.FloatRange(0),
-    default=0.4,
+    default=0.45,
     show_default=True,
     metavar="SECONDS",
     help="After how long a silence another node is taken for lost, on a steady link; on one that is not, up to ten times as long.",
@@ -66,6 +66,19 @@ __all__ = ["node"]
     show_default=True,
     metavar="SECONDS",
     help="How long requests wait for a lost node to come back, where no standby takes its place and nobody brings another plan.",
+)
+@click.option(
+    "--restore/--no-restore",
+    default=True,
+    show_default=True,
+    help="Serve again what was served here before the node was stopped or lost its power; or begin with nothing, and forget it.",
+)
+@click.option(
+    "--sessions",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="How many requests at once (of decoder models: sessions) all deployments here may reserve.  [default: no limit]",
 )
 @click.option("--insecure", is_flag=True, help="Allow an address that other machines reach, without encryption or authentication.")
 @click.option(
@@ -92,6 +105,8 @@ def node(
     heartbeat: float,
     patience: float,
     recovery: float,
+    restore: bool,
+    sessions: int,
     certs: Path | None,
     insecure: bool,
     log_level: str,
@@ -128,6 +143,8 @@ def node(
         drain_s=drain,
         heartbeat=Heartbeat(heartbeat, patience, 10 * patience),
         recovery_s=recovery,
+        restore=restore,
+        sessions=sessions,
         insecure=insecure,
         certs=certs,
         log_level=log_level,

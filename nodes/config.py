@@ -39,6 +39,8 @@ class NodeConfig:
     drain_s: float = 10.0  #: what requests in flight may still take when the node is asked to stop
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     recovery_s: float = 0.0  #: how long requests wait for a lost node to come back, where nothing else can take its place
+    restore: bool = True  #: serve again what was served here before, from disk; False: begin with nothing, and forget it
+    sessions: int = 0  #: requests at once that all deployments may reserve here; 0: no limit
     insecure: bool = False
     certs: Path | None = None  #: the folder with this node's certificate; None: plaintext
     log_level: str = "info"
@@ -64,7 +66,16 @@ class NodeConfig:
             raise BadInput(f"--engine {self.engine!r} is not one of {', '.join(engine_choices())}")
         if self.log_level not in LOG_LEVELS:
             raise BadInput(f"--log-level {self.log_level!r} is not one of {', '.join(LOG_LEVELS)}")
-        lowest = {"memory_bytes": 0, "threads": 1, "max_tensor_bytes": 1, "buffer_bytes": 1, "request_s": 0, "drain_s": 0, "recovery_s": 0}
+        lowest = {
+            "memory_bytes": 0,
+            "threads": 1,
+            "max_tensor_bytes": 1,
+            "buffer_bytes": 1,
+            "request_s": 0,
+            "drain_s": 0,
+            "recovery_s": 0,
+            "sessions": 0,
+        }
         for name, least in lowest.items():
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= least):

@@ -14,6 +14,7 @@ from nodes.generation.stage import StageSessions
 from nodes.goodput import Goodput
 from nodes.line import Line
 from nodes.link import Link
+from nodes.noising import StageNoise
 from splitnet.batching import BatchAxes
 from splitnet.generations import FIRST, parse_key
 from splitnet.plan import CLIENT, NodeRef, Plan, StageSpec
@@ -60,6 +61,7 @@ class Stage:
     encode_s: float = 0.0
     send_s: float = 0.0
     sessions: StageSessions = field(default_factory=StageSessions)  #: of a decoder model
+    noise: StageNoise | None = None  #: by its plan, without which nothing of it goes to other stages
 
 
 @dataclass(eq=False)
@@ -91,6 +93,8 @@ class Deployment:
         self.follows = self.node.name in followers(self.plan)  # this node becomes the ingress when that is lost
         self.inputs = {spec.name: spec for spec in self.plan.inputs}
         self.input_routes = routes(self.plan, CLIENT)
+        for stage in self.held.values():
+            stage.noise = StageNoise.of(self.plan, stage.spec, stage.shard)
         self.line: Line[Call] = Line(self.plan.batching)  # at the ingress
         self.batch_axes: BatchAxes | None = self.plan.batch_axes  # None where requests are neither joined nor divided
         self.generator: Generator | None = None  # at the ingress of a decoder model, from its first call on

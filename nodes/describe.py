@@ -16,10 +16,12 @@ from nodes.generation.desk import text_model
 from nodes.installer import Installer
 from nodes.ledger import Ledger
 from nodes.link import Link, Links
+from nodes.reserving import reserved_sessions
 from splitnet import __version__, wire
 from splitnet.codecs import codec_names
 from splitnet.generation_plan import Generation
 from splitnet.machine import machine_id, processor_name, usable_processors
+from splitnet.noise import Noise
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.standby import followers
 from splitnet.tensors import TensorSpec
@@ -42,13 +44,18 @@ class Describer:
         shown = [d for d in ledger.deployments.values() if deployment in ("", d.name, d.family)]
         shown.sort(key=lambda d: ledger.families.state(d) != "active")  # first, for clients that know no generations
         gone = [f for f in ledger.families if not f.generations and deployment in ("", f.name)]
+        restoring = [
+            pb.DeploymentStatus(name=r.name, generation=r.active, state="restoring", term=r.term)
+            for r in ledger.families.restoring.values()
+            if deployment in ("", r.name)
+        ]
         return pb.DescribeReply(
             events=[pb.Event(**dataclasses.asdict(event)) for event in ledger.events],
             name=config.name,
             version=__version__,
             memory_limit_bytes=config.memory_bytes,
             memory_used_bytes=self._installer.reserved_bytes,
-            deployments=[self._deployment(d, plans) for d in shown] + [_moved(family) for family in gone],
+            deployments=[self._deployment(d, plans) for d in shown] + [_moved(family) for family in gone] + restoring,
             links=[_link(link, shown) for link in self._links],
             device="cpu",
             threads=config.threads,
@@ -61,6 +68,8 @@ class Describer:
             max_message_bytes=wire.MAX_MESSAGE_BYTES,
             max_tensor_bytes=config.max_tensor_bytes,
             process_memory_bytes=self._process.memory_info().rss,
+            sessions_limit=config.sessions,
+            sessions_reserved=reserved_sessions(ledger.deployments.values()),
             machine=self._machine,
             cores=math.ceil(self._processors),
             processors=self._processors,
@@ -95,13 +104,19 @@ class Describer:
             answered=d.admission.answered,
             unanswered=d.admission.unanswered,
             moved_to=family.ingress_address if family is not None and moved else "",
+            term=family.term if family is not None else 0,
+            exclusive=d.plan.exclusive,
+            sessions=d.plan.sessions,
             plan_json=d.plan.to_json().encode() if plans else b"",
-            generating=_generating(d, d.plan.generation) if d.plan.generation is not None and d.is_ingress else None,
+            generating=_generating(d, d.plan.generation, self._ledger.loop.time())
+            if d.plan.generation is not None and d.is_ingress
+            else None,
             shards={stage.spec.name: stage.shard for stage in d.held.values()} if plans else {},
+            noise=_noise(d, d.plan.noise) if d.plan.noise is not None else None,
         )
 
 
-def _generating(d: Deployment, generation: Generation) -> pb.GenerationStatus:
+def _generating(d: Deployment, generation: Generation, now_s: float) -> pb.GenerationStatus:
     """What it takes is known from the plan; what it is doing, once it has done something."""
     model = text_model(generation)
     said = pb.GenerationStatus(
@@ -112,6 +127,7 @@ def _generating(d: Deployment, generation: Generation) -> pb.GenerationStatus:
         tokenizer=model.tokenizer,
         cache_tokens=model.cache_tokens,
         free_tokens=model.cache_tokens,
+        kv_bytes_per_token=sum(generation.kv_bytes_per_token.values()),
     )
     if (generator := d.generator) is not None:
         for name, count in dataclasses.asdict(generator.counts).items():
@@ -119,11 +135,19 @@ def _generating(d: Deployment, generation: Generation) -> pb.GenerationStatus:
         said.free_tokens = max(generator.slots.free, 0)
         said.sessions, said.kept = len(generator.slots.live), len(generator.slots.kept)
         said.passes_in_flight = len(generator.passes)
+        speeds = generator.speeds
+        said.answers, said.ttft_s, said.tpot_s = speeds.answers, speeds.ttft_s, speeds.tpot_s
+        said.tokens_per_s = speeds.tokens_per_s(now_s)
     return said
 
 
+def _noise(d: Deployment, noise: Noise) -> pb.NoiseStatus:
+    released = sum(stage.noise.released for stage in d.stages.values() if stage.noise is not None)
+    return pb.NoiseStatus(**dataclasses.asdict(noise), released=released)
+
+
 def _moved(family: Family) -> pb.DeploymentStatus:
-    return pb.DeploymentStatus(name=family.name, generation=family.active, state="moved", moved_to=family.address)
+    return pb.DeploymentStatus(name=family.name, generation=family.active, state="moved", moved_to=family.address, term=family.term)
 
 
 def _stage(s: Stage, *, standby: bool) -> pb.StageStatus:

@@ -13,6 +13,7 @@ from nodes.calls import Call
 from nodes.deployment import Deployment
 from nodes.ledger import Ledger
 from nodes.line import Part
+from nodes.noising import Released, StageNoise
 from nodes.outbox import EncodedTensor, Parcel
 from nodes.pace import Passage
 from nodes.pipeline import Pipeline
@@ -62,6 +63,19 @@ class _Batch:
         else:
             self._dispatcher.share(self)
         self._dispatcher.complete(request)
+
+    def only_once(self, noise: StageNoise, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found, start = dict(values), 0
+        joined = self.parts[0].call.deployment.batch_axes is not None
+        for part in self.parts:
+            call = part.call
+            if call.live:
+                if call.released is None:
+                    call.released = Released()
+                new_bytes = call.released.replace(found, noise, start, part.first, part.rows if joined else None, call.rows)
+                call.hold(Released, new_bytes)
+            start += part.rows
+        return found
 
     def ended(self, request: Request, error: SplitnetError | None) -> None:
         self._dispatcher.ended(self, request, error)

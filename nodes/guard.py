@@ -58,6 +58,9 @@ _ALL = (Role.NODE, Role.OPERATOR, Role.CLIENT, Role.OBSERVER, Role.GUEST)
 RULES: Mapping[str, Rule] = {
     _NODE + "Describe": _rule(Role.NODE, Role.OPERATOR, Role.CLIENT, Role.OBSERVER),
     _NODE + "Load": _rule(Role.OPERATOR, audited=True),
+    _NODE + "Offer": _rule(Role.OPERATOR, audited=True),
+    _NODE + "Gather": _rule(Role.OPERATOR, audited=True),
+    _NODE + "Give": _rule(Role.NODE),  # and only what an operator has offered to that node
     _NODE + "Activate": _rule(Role.NODE, Role.OPERATOR, audited=True),  # a node: an ingress mends what it has lost
     _NODE + "Switch": _rule(Role.NODE, Role.OPERATOR, audited=True),  # a node: an ingress mends what it has lost
     _NODE + "Unload": _rule(Role.NODE, Role.OPERATOR, audited=True),  # a node: an ingress mends what it has lost

@@ -14,7 +14,7 @@ from nodes.generation.desk import TextDesk
 from nodes.ledger import Ledger
 from nodes.pipeline import Pipeline
 from splitnet.codecs import Buffer
-from splitnet.errors import AlreadyExists, BadInput, DeadlineExceeded, NodeUnavailable, Overloaded, ProtocolError, SplitnetError
+from splitnet.errors import AlreadyExists, BadInput, DeadlineExceeded, Moved, NodeUnavailable, Overloaded, ProtocolError, SplitnetError
 from splitnet.plan import CLIENT
 from splitnet.rpc.v1 import node_pb2 as pb
 
@@ -31,7 +31,7 @@ class Ingress:
         self._pipeline = pipeline
         self._dispatcher = Dispatcher(ledger, pipeline)
         self._desk = ledger.calls.carrier = TextDesk(ledger, pipeline, self._dispatcher)
-        self.advance, self.rejoin = self._dispatcher.advance, self._dispatcher.join_line
+        self.advance = self._dispatcher.advance
 
     async def receive(self, client: ClientStream, frame: pb.Frame, payload: Buffer) -> None:
         """A frame from a client. Raises ProtocolError where the stream makes no sense; what is wrong with one request is answered."""
@@ -72,6 +72,17 @@ class Ingress:
                     self._dispatcher.join_line(call)
         except SplitnetError as error:
             self._calls.fail(call, error)
+
+    def rejoin(self, call: Call) -> None:
+        """A whole call that has come to another generation, with nothing of it under way."""
+        if not self._desk.takes(call):
+            self._dispatcher.join_line(call)
+            return
+        try:
+            self._desk.begin_again(call)
+        except SplitnetError:  # no room at the moment, say: the client comes again, and waits for it
+            where = call.deployment.ingress.address
+            self._calls.fail(call, Moved("another plan takes its place", address=where, remedy=f"connect to {where}"))
 
     def client_gone(self, client: ClientStream) -> None:
         for call in list(client.calls.values()):

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Protocol
 
 from nodes.admission import Admission
 from nodes.compute import ComputeThread
@@ -16,6 +17,8 @@ from nodes.engines.choosing import choose_engine
 from nodes.ledger import Ledger
 from nodes.link import Links
 from nodes.memory import give_back
+from nodes.noising import check_same_noise
+from nodes.reserving import check_reserved
 from nodes.shelf import EngineShelf
 from nodes.store import BlobStore
 from splitnet.errors import (
@@ -40,6 +43,12 @@ _MOST_RELEASED = 65536  # blobs in one call
 _VALUE_SHARE = 4  # what a stage may make for itself may be that much larger than what it may receive
 
 
+class Kept(Protocol):
+    """See `nodes.restoring.Keeper`."""
+
+    async def settled(self) -> None: ...
+
+
 class Installer:
     """One thing at a time: what a deployment reserves is decided before the next one is looked at."""
 
@@ -52,6 +61,7 @@ class Installer:
         self._links = links
         self._shelf = EngineShelf()
         self._lock = asyncio.Lock()
+        self.keeper: Kept | None = None  #: who writes down what is here, where that is wanted
 
     @property
     def reserved_bytes(self) -> int:
@@ -87,8 +97,12 @@ class Installer:
             async with self._lock:
                 active = self._ledger.deployments.get(key)
                 if active is None or not active.draining:
-                    return await self._activate(key, plan, own, specs, wanted, wait)
+                    done = await self._activate(key, plan, own, specs, wanted, wait)
+                    break
             await active.gone.wait()
+        if name not in self._ledger.families.restoring:
+            await self.kept()
+        return done
 
     async def _activate(
         self, key: str, plan: Plan, own: NodeRef, specs: list[StageSpec], wanted: Mapping[str, str], wait: bool
@@ -108,9 +122,14 @@ class Installer:
         families.add(deployment, wait=wait)
         return deployment, load_s
 
-    def switch(self, name: str, generation: int, share: float, address: str, *, keep: bool) -> int:
+    async def kept(self) -> None:
+        """What is here now is written down, or it is told that it could not be."""
+        if self.keeper is not None:
+            await self.keeper.settled()
+
+    def switch(self, name: str, generation: int, share: float, address: str, *, keep: bool, term: int = 0) -> int:
         """See `Families.switch`."""
-        before = self._ledger.families.switch(name, generation, share, address, keep=keep)
+        before = self._ledger.families.switch(name, generation, share, address, keep=keep, term=term)
         self._ledger.recovery.switched(name)
         self._log.info("switched", deployment=name, before=before, generation=generation, share=share)
         return before
@@ -130,6 +149,7 @@ class Installer:
                 self._ledger.families.forget(name)
             if delete_blobs:
                 await asyncio.to_thread(self._store.delete_unused, self._in_use())
+        await self.kept()
         self._log.info("unloaded", deployment=generation_key(name, generation), cancelled=cancelled)
         return cancelled
 
@@ -176,6 +196,7 @@ class Installer:
         started = time.perf_counter()
         found = {spec.name: await asyncio.to_thread(self._store.shard, wanted[spec.name]) for spec in specs}
         reserved = {spec.name: _checked(plan, spec, found[spec.name]) for spec in specs}
+        check_reserved(name, plan, list(self._ledger.deployments.values()), self._config.sessions)
         self._check_memory(name, reserved, {_shelf_key(sha256, plan) for sha256 in wanted.values()})
         engines: dict[str, Engine] = {}
         try:
@@ -276,6 +297,7 @@ def _checked(plan: Plan, spec: StageSpec, shard: Shard) -> int:
                 f"stage {spec.name!r}: the {what} of the plan are {_faces(planned)}, those of shard {shard.sha256[:12]} {_faces(cut)}",
                 remedy="cut the model with this plan again",
             )
+    check_same_noise(plan, spec, shard)
     if not spec.inputs:
         raise BadPlan(f"stage {spec.name!r} has no input, so nothing would start it", remedy="make the plan again")
     received_bytes = sum(transfer.bytes for transfer in plan.transfers if transfer.target == spec.name)

@@ -28,6 +28,7 @@ NAME_KEY, ADDRESS_KEY = "splitnet-node", "splitnet-address"  #: metadata of a Fo
 _CONNECT_S = 3.0
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.05, 2.0
 _GRPC_ERRORS = (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError, asyncio.InvalidStateError)
+_CANCEL_AGAIN_S = 1.0
 _SHORTEST_S = 0.001  # on the wire 0 means that there is no deadline
 _REMEMBERED = 1024  # requests that were sent lately, which a break may have lost
 
@@ -69,7 +70,7 @@ class Link:
         self._recent: OrderedDict[RequestKey, None] = OrderedDict()
         self._hurry = asyncio.Event()
         self._call: FrameCall | None = None  # while connected
-        self._finishing = False
+        self._finishing = self._closed = False
         self._task = asyncio.create_task(self._serve(), name=f"link {source.name}->{target.name}")
 
     def send(
@@ -145,8 +146,11 @@ class Link:
             await asyncio.wait((self._task,))
 
     async def close(self) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        """gRPC may take a cancellation for its own: one that comes while a stream is being set up ends that attempt, and no more."""
+        self._closed = True
+        while not self._task.done():
+            self._task.cancel()
+            await asyncio.wait((self._task,), timeout=_CANCEL_AGAIN_S)
         self.outbox.clear()
 
     async def _serve(self) -> None:
@@ -159,7 +163,7 @@ class Link:
                 reason = error
             except _GRPC_ERRORS as error:
                 reason = as_error(error, self.target.address)
-            if self._finishing:
+            if self._finishing or self._closed:
                 return
             self._down(reason)
             lasted = time.monotonic() - started > _CONNECT_S
@@ -228,6 +232,7 @@ class Link:
 
     async def _listen(self, call: FrameCall) -> None:
         while (message := await read_frame(call, self.target.address)) is not None:
+            self._silence.alive(time.monotonic())
             frame = message.frame
             if frame.HasField("received"):
                 self.goodput.arrived(time.monotonic())

@@ -27,6 +27,7 @@ from nodes.measuring_work import PAUSE_S, SMALL, measure_work
 from splitnet.channel import open_channel, stub
 from splitnet.client import AsyncClient
 from splitnet.codecs import codec_names
+from splitnet.heartbeat import Heartbeat
 from splitnet.plan import CLIENT, NodeRef, OutputSpec, Plan, StageSpec, Transfer
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.tensors import TensorSpec
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["measure_overhead"]
 
+_PATIENT = Heartbeat(patience_s=60.0, most_s=60.0)  # both ends are in this process: silence says only that the box is busy
 _WARM_UP = 5
 _GRACE_S = 30.0
 _MOST_ROUNDS = 200
@@ -133,7 +135,8 @@ class _Nothing:
 async def _server(name: str, folder: Path) -> AsyncIterator[NodeServer]:
     from nodes.server import NodeServer  # it serves what this module is a part of
 
-    server = NodeServer(NodeConfig(listen="127.0.0.1:0", name=name, data_dir=folder / name, threads=1), get_log(name, quiet=True))
+    config = NodeConfig(listen="127.0.0.1:0", name=name, data_dir=folder / name, threads=1, heartbeat=_PATIENT)
+    server = NodeServer(config, get_log(name, quiet=True))
     await server.start()
     try:
         yield server

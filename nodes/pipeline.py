@@ -19,8 +19,9 @@ from nodes.compute import ComputeThread
 from nodes.deployment import Deployment, Route, Stage
 from nodes.generation.orders import Orders, decode_orders, encode_orders
 from nodes.ledger import Ledger
+from nodes.noising import StageNoise
 from nodes.outbox import EncodedTensor, Parcel
-from nodes.requests import Holder, Request, RequestKey
+from nodes.requests import Holder, RemembersReleases, Request, RequestKey
 from splitnet.codecs import Buffer
 from splitnet.errors import EngineFailure, NodeUnavailable, NotFound, Overloaded, ProtocolError, SplitnetError
 from splitnet.plan import CLIENT
@@ -158,6 +159,8 @@ class Pipeline:
             try:
                 if request.orders is None:
                     outcome = stage.engine.run(inputs)
+                    if stage.noise is not None:  # here, before anything else can see it
+                        outcome = stage.noise.protect(outcome)
                 else:
                     outcome = stage.sessions.run(stage.engine, request.orders, inputs, next(iter(stage.routes)))
             except SplitnetError as error:
@@ -188,7 +191,20 @@ class Pipeline:
             request.free((stage.spec.name, name))
         if request.orders is not None:
             request.orders = request.orders.timed(compute_s, wait_s)
+        if stage.noise is not None:
+            try:
+                outcome = self._only_once(request, stage.noise, outcome)
+            except SplitnetError as error:
+                self._ledger.fail(request, error.at(stage=stage.spec.name))
+                return
         self.deliver(request, outcome, stage.routes, stage)
+
+    @staticmethod
+    def _only_once(request: Request, noise: StageNoise, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What leaves: where it has left before (and was lost with a node), what left then. New noise on the same values would tell more of them."""
+        owner: object = request.owner
+        assert isinstance(owner, RemembersReleases), "the stage with the raw input is the ingress's, and no plan that generates has noise"
+        return owner.only_once(noise, values)
 
     # ------------------------------------------------------------------------------------------------------ encode and send
 
@@ -234,6 +250,24 @@ class Pipeline:
                 tensor = encoded[route.coding(link.goodput)]
                 steps = b"" if request.orders is None else encode_orders(request.orders.onward(answer=route.stage == CLIENT))
                 request.hold(link.send(request.key, route.stage, request.deadline_s, tensor, sent, failed, steps), array.nbytes)
+
+    def run_here(self, deployment: Deployment, orders: Orders, then: Callable[[np.ndarray | SplitnetError], None]) -> None:
+        """A pass of a decoder model that is whole on this node, apart from any request. `then` hears its tokens in the event loop; NodeUnavailable where it has gone."""
+
+        def job() -> None:
+            stage = next(iter(deployment.stages.values()), None)
+            outcome: np.ndarray | SplitnetError
+            try:
+                if stage is None:
+                    raise NodeUnavailable(f"{deployment.name!r} was unloaded", remedy="deploy it again")
+                outcome = stage.sessions.run(stage.engine, orders, {}, "tokens")["tokens"]
+            except SplitnetError as error:
+                outcome = error
+            except Exception as error:  # noqa: BLE001 # translated, as in `_run`
+                outcome = EngineFailure(f"the engine failed: {type(error).__name__}: {error}", remedy="see the node's log")
+            self._compute.report(then, outcome)
+
+        self._compute.submit(job)
 
     def close_sessions(self, deployment: Deployment, orders: Orders) -> None:
         """At the ingress: frees what all stages hold of these sessions."""

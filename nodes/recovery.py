@@ -29,6 +29,7 @@ __all__ = ["Recovery"]
 _LOAD_S = 600.0  # a node that comes back reads its shards again
 _AGAIN_S = 1.0  # after a node that came back could not be reached
 _SETTLE_S = 0.1  # after something was reported lost between two other nodes, before it is sent again
+_SILENT_S = 1.0  # a node that says nothing, though its connection stands, may be back
 _TWICE_S = 10.0  # a node that others report lost twice within that time is lost, though this one reaches it
 
 
@@ -154,6 +155,13 @@ class Recovery:
     def replayed(self, deployment: Deployment, calls: int) -> None:
         self.events.add("replayed", deployment=deployment.family, text=f"{calls} requests are sent again")
 
+    def restored(self, deployment: Deployment) -> None:
+        """It is here again from this node's disk: the others may lack it, and are given it as soon as they are there."""
+        self._absent[deployment] = {name for name in deployment.links if deployment.plan.held_at(name)}
+        for link in deployment.links.values():
+            if link.connected:
+                self.link_up(link)
+
     async def close(self) -> None:
         tasks = [*self._tasks, *(trouble.task for trouble in self._troubles.values() if trouble.task is not None)]
         for task in tasks:
@@ -209,13 +217,13 @@ class Recovery:
         now_s = self._ledger.loop.time()
         if set(trouble.lost) - trouble.tried or trouble.settle or self._plan(deployment, trouble.tried | trouble.unable) is not None:
             return _LOAD_S
-        patience_s = trouble.since_s + self._ledger.config.recovery_s - now_s
+        silent = any(link.fell_silent for name, link in deployment.links.items() if name in trouble.lost)
+        patience_s = trouble.since_s + max(self._ledger.config.recovery_s, silent * _SILENT_S) - now_s
         return max(patience_s, self._watched_until_s.get(deployment.family, now_s) - now_s)
 
     def _plan(self, deployment: Deployment, gone: Collection[str]) -> Plan | None:
         """Without those nodes; None where nobody takes their place."""
-        family = self._ledger.families.get(deployment.family)
-        if family is None or family.active != deployment.generation:
+        if (family := self._ledger.families.get(deployment.family)) is None or family.active != deployment.generation:
             return None
         alive = {deployment.node.name, *(name for name, link in deployment.links.items() if link.connected)} - set(gone)
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,8 +21,9 @@ from splitnet.wire import TensorAssembler
 if TYPE_CHECKING:
     from nodes.deployment import Deployment
     from nodes.generation.orders import Orders
+    from nodes.noising import StageNoise
 
-__all__ = ["Holder", "Owner", "Request", "RequestKey", "Requests"]
+__all__ = ["Holder", "Owner", "RemembersReleases", "Request", "RequestKey", "Requests"]
 
 _REMEMBERED = 8192  # ended requests, whose late frames are ignored; a frame later than that opens a request that soon runs out of time
 
@@ -96,6 +97,15 @@ class Owner(Protocol):
 
     def ended(self, request: Request, error: SplitnetError | None) -> None:
         """It holds nothing any more. `error`: what it failed with. Without one it was answered, or nobody wanted it."""
+        ...
+
+
+@runtime_checkable
+class RemembersReleases(Protocol):
+    """An owner of requests that go through a stage with noise."""
+
+    def only_once(self, noise: StageNoise, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The stage's values as they are to leave: those of rows that left before as they were then. Raises SplitnetError."""
         ...
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -26,11 +27,13 @@ from nodes.ledger import Ledger
 from nodes.link import Links
 from nodes.logs import Log
 from nodes.pipeline import Pipeline
+from nodes.records import Records
 from nodes.recovery import Recovery
+from nodes.restoring import Keeper, Restorer
 from nodes.servicer import SERVICE, Servicer, add_to_server
 from nodes.store import BlobStore
 from splitnet.channel import SERVER_OPTIONS
-from splitnet.errors import BadInput, NodeUnavailable
+from splitnet.errors import BadInput, NodeUnavailable, SplitnetError
 from splitnet.security.addresses import Plaintext
 from splitnet.security.audit import AuditLog
 from splitnet.security.credentials import access_in_context
@@ -41,6 +44,7 @@ _CODEC_THREADS = 2
 _MAX_CALLS = 1024  # at one time, streams included
 _SWITCH_INTERVAL_S = 0.0005  # the event loop must not wait 5 ms for the compute thread's Python
 _LAST_BYTES_S = 0.2
+_LEAVE_S = 5.0  # that clients have to read their last answers
 _REMEDY = "start it again, and deploy the plan again"
 
 
@@ -80,12 +84,19 @@ class NodeServer:
         pipeline = Pipeline(self.ledger, self.compute, self._pool)
         self._links = Links(self.ledger, log, config.heartbeat)
         ingress = Ingress(self.ledger, pipeline)
-        installer = Installer(self.ledger, store, self.compute, self._links)
+        installer, records = Installer(self.ledger, store, self.compute, self._links), Records(config.directory)
         self._recovery = Recovery(self.ledger, installer, ingress.advance, ingress.rejoin)
         self._servicer = Servicer(
             self.ledger, pipeline, ingress, installer, self._recovery, Describer(self.ledger, installer, self._links), store, self.compute,
             self._certificates,
         )  # fmt: skip
+        self._keeper = Keeper(self.ledger, records) if config.restore else None
+        installer.keeper = self._keeper
+        restorer = Restorer(self.ledger, installer, records, self._check_shards, self._recovery.restored)
+        if config.restore:
+            await restorer.look()
+        else:
+            await asyncio.to_thread(records.forget)
         self._health = health.aio.HealthServicer()
         add_to_server(self._servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -93,6 +104,7 @@ class NodeServer:
         for service in ("", SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()
+        self._restoring = asyncio.create_task(restorer.run(), name="restoring")
         shown = f"[{host}]" if ":" in host else host
         self.address = f"{shown}:{bound}"
         log.info("listening", address=self.address, name=config.name, data=str(config.directory), threads=config.threads)
@@ -100,6 +112,10 @@ class NodeServer:
             log.info("mutual TLS 1.3", certificate=str(access.identity), until=access.facts.not_after.isoformat())
         if config.open_plaintext:
             log.warning("insecure: this address is open to the network, without encryption or authentication", address=self.address)
+
+    def _check_shards(self, shards: Mapping[str, str]) -> None:
+        """As for those that somebody names: signatures that were seen hold."""
+        self._certificates.check_shards(shards, {})
 
     def serve_directly(self, deployment: Deployment) -> None:
         """Serves a deployment that was not shipped here: the node's own measurements."""
@@ -120,20 +136,27 @@ class NodeServer:
                 await asyncio.gather(*(client.outbox.flushed() for client in self._servicer.clients))
                 if done:
                     await self._links.finish()  # handed to gRPC is not yet received
+                    async with asyncio.timeout(_LEAVE_S):
+                        await self._servicer.take_leave(self._stopped())
         return done
 
     async def stop(self) -> None:
-        """Fails what is still in flight, tells everybody, and lets go of everything."""
-        cancelled = self.ledger.fail_all(None, lambda: NodeUnavailable("the node was stopped", remedy=_REMEDY))
+        """Fails what is still in flight, tells everybody, and lets go of everything. What is deployed stays written down."""
+        await self._stop_restoring()
+        cancelled = self.ledger.fail_all(None, self._stopped)
         if cancelled:
             self._log.warning("requests failed: the node was stopped", requests=cancelled)
             await asyncio.sleep(_LAST_BYTES_S)
         await self._recovery.close()
-        await self._servicer.end_streams(NodeUnavailable("the node was stopped", remedy=_REMEDY, node=self.config.name))
+        await self._servicer.end_streams(self._stopped().at(node=self.config.name))
         await self._links.close()
         await self._server.stop(_LAST_BYTES_S)
         await self.abandon()
         self._log.info("stopped")
+
+    @staticmethod
+    def _stopped() -> SplitnetError:
+        return NodeUnavailable("the node was stopped", remedy=_REMEDY)
 
     def has_ended(self, timeout_s: float = _LAST_BYTES_S) -> bool:
         """After `stop`: whether no thread is left, so that the process can end in the ordinary way."""
@@ -141,12 +164,19 @@ class NodeServer:
 
     async def abandon(self) -> None:
         """Lets go of everything, and tells nobody."""
+        await self._stop_restoring()
         await self._recovery.close()
         await self._certificates.close()
         await self._links.close()
         await self._server.stop(None)
         self.compute.stop()
         self._pool.shutdown(wait=False)
+
+    async def _stop_restoring(self) -> None:
+        self._restoring.cancel()
+        await asyncio.gather(self._restoring, return_exceptions=True)
+        if self._keeper is not None:
+            await self._keeper.close()
 
 
 async def serve(config: NodeConfig, log: Log) -> bool:

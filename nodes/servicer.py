@@ -13,9 +13,9 @@ from typing import Any, TypeAlias, TypeVar
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
-from google.protobuf.message import Message as ProtobufMessage
 from google.protobuf.message_factory import GetMessageClass
 
+from nodes.call_handlers import decoding
 from nodes.callers import Caller, current_caller, note
 from nodes.certificates import CertificateKeeper
 from nodes.clients import ClientStream
@@ -28,6 +28,7 @@ from nodes.installer import Installer
 from nodes.ledger import Ledger
 from nodes.link import ADDRESS_KEY, NAME_KEY
 from nodes.measuring import Measurer
+from nodes.peers import Offers, gather, give
 from nodes.pipeline import Pipeline
 from nodes.receiving import receive_blob
 from nodes.recovery import Recovery
@@ -38,6 +39,7 @@ from splitnet.errors import BadInput, ProtocolError, SplitnetError
 from splitnet.plan import NodeRef
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.rpc.v1.node_pb2_grpc import NodeServicer, add_NodeServicer_to_server
+from splitnet.security.roles import Role
 from splitnet.wire import MAX_MESSAGE_BYTES, Message, decode_frame, encode_frame
 
 __all__ = ["SERVICE", "Servicer", "add_to_server"]
@@ -72,9 +74,11 @@ class Servicer(NodeServicer):
         self._describer = describer
         self._store = store
         self._certificates = certificates
+        self._offers = Offers(store)
         self._measurer = Measurer(ledger, store, compute)
         self._log = ledger.log
         self.clients: set[ClientStream] = set()
+        self._client_left = asyncio.Event()
         self._streams: set[Context] = set()
         self._forwards: dict[NodeRef, Context] = {}  # the newest of each sender
         self._pulses = Pulses(secrets.token_hex(8), self._fell_silent)
@@ -99,6 +103,7 @@ class Servicer(NodeServicer):
         finally:
             self._streams.discard(context)
             self.clients.discard(client)
+            self._client_left.set()
             self._ingress.client_gone(client)
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
@@ -157,6 +162,15 @@ class Servicer(NodeServicer):
             self._log.warning("a node fell silent", sender=sender.name, address=sender.address, error=reason.message)
             await _end(context, reason)
 
+    async def take_leave(self, reason: SplitnetError) -> None:
+        """Tells the clients to end their streams, and returns when they have: for a client that has not read its answers yet loses them with a stream that ends
+        in an error (gRPC throws away what was received and not read)."""
+        for client in self.clients:
+            client.outbox.send_now(pb.Frame(failure=to_failure(reason)))
+        while self.clients:
+            self._client_left.clear()
+            await self._client_left.wait()
+
     async def end_streams(self, reason: SplitnetError) -> None:
         """Ends all Run and Forward streams; the far sides are told why."""
         for context in list(self._streams):
@@ -201,6 +215,28 @@ class Servicer(NodeServicer):
         except SplitnetError as error:
             await abort_with(context, error.at(node=self._ledger.config.name))
 
+    async def Offer(self, request: pb.OfferRequest, context: Context) -> pb.OfferReply:
+        async def act() -> pb.OfferReply:
+            note(f"{len(request.blobs)} blobs to {request.node!r:.100}")
+            return pb.OfferReply(held=await self._offers.offer(request.blobs, request.node, request.lease_s))
+
+        return await self._guarded(context, act)
+
+    async def Gather(self, request: pb.GatherRequest, context: Context) -> AsyncIterator[pb.LoadReply]:
+        note(f"{request.sha256:.12} from {request.node!r:.100}")
+        try:
+            async for held, complete in gather(self._store, request, self._log):
+                yield pb.LoadReply(offset=held, complete=complete)
+        except SplitnetError as error:
+            await abort_with(context, error.at(node=self._ledger.config.name))
+
+    async def Give(self, request: pb.GiveRequest, context: Context) -> AsyncIterator[pb.GiveReply]:
+        try:
+            async for piece in give(self._store, self._offers, _asking_node(context), request.sha256, request.offset):
+                yield pb.GiveReply(data=piece)
+        except SplitnetError as error:
+            await abort_with(context, error.at(node=self._ledger.config.name))
+
     async def Activate(self, request: pb.ActivateRequest, context: Context) -> pb.ActivateReply:
         async def act() -> pb.ActivateReply:
             note(f"{request.deployment}@{request.generation} plan {hashlib.sha256(request.plan_json).hexdigest()[:12]}")
@@ -221,8 +257,9 @@ class Servicer(NodeServicer):
         async def act() -> pb.SwitchReply:
             note(f"{request.deployment}@{request.generation} share {request.share:g}")
             before = self._installer.switch(
-                request.deployment, request.generation, request.share, request.ingress_address, keep=request.keep
+                request.deployment, request.generation, request.share, request.ingress_address, keep=request.keep, term=request.term
             )
+            await self._installer.kept()
             return pb.SwitchReply(before=before)
 
         return await self._guarded(context, act)
@@ -277,46 +314,26 @@ class Servicer(NodeServicer):
             await abort_with(context, error.at(node=self._ledger.config.name))
 
 
+def _asking_node(context: Context) -> str:
+    """By its certificate; where there are none, by its own word."""
+    identity = current_caller().identity
+    if identity.role is Role.NODE:
+        return identity.name
+    return next((value for key, value in context.invocation_metadata() or () if key == NAME_KEY and isinstance(value, str)), "")
+
+
 def add_to_server(servicer: Servicer, server: grpc.aio.Server) -> None:
     """Registers all calls with undecoded messages: for Run and Forward `wire.decode_frame` finds the payload in them without a copy; for
     the others, what cannot be decoded is answered by a message (gRPC would log a traceback and say nothing)."""
     add_NodeServicer_to_server(servicer, server)
     undecoded: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        call.name: _decoding(getattr(servicer, call.name), GetMessageClass(call.input_type), stream=call.client_streaming)
+        call.name: decoding(getattr(servicer, call.name), GetMessageClass(call.input_type), (call.client_streaming, call.server_streaming))
         for call in pb.DESCRIPTOR.services_by_name["Node"].methods
     }
     undecoded["Run"] = grpc.stream_stream_rpc_method_handler(servicer.Run)
     undecoded["Forward"] = grpc.stream_stream_rpc_method_handler(servicer.Forward)
     undecoded["Heartbeat"] = grpc.stream_stream_rpc_method_handler(servicer.Heartbeat)
     server.add_registered_method_handlers(SERVICE, undecoded)  # take the place of the generated ones
-
-
-def _decoding(call: Callable[..., Any], kind: type[ProtobufMessage], *, stream: bool) -> grpc.RpcMethodHandler[Any, Any]:
-    def decoded(data: bytes) -> ProtobufMessage:
-        try:
-            return kind.FromString(data)
-        except DecodeError:
-            raise BadInput(
-                f"{len(data)} bytes are not a {kind.DESCRIPTOR.name}", remedy="run the same version of splitnet on both sides"
-            ) from None
-
-    async def one(data: bytes, context: Context) -> Any:
-        try:
-            request = decoded(data)
-        except BadInput as error:
-            await abort_with(context, error)
-        return await call(request, context)
-
-    async def many(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
-        try:
-            async for reply in call((decoded(data) async for data in requests), context):
-                yield reply
-        except BadInput as error:
-            await abort_with(context, error)
-
-    if stream:
-        return grpc.stream_stream_rpc_method_handler(many, response_serializer=_serialize)
-    return grpc.unary_unary_rpc_method_handler(one, response_serializer=_serialize)
 
 
 def _only(reply: pb.DescribeReply, caller: Caller) -> pb.DescribeReply:
@@ -326,10 +343,6 @@ def _only(reply: pb.DescribeReply, caller: Caller) -> pb.DescribeReply:
         reply.ClearField(field)
     reply.deployments.extend(seen)
     return reply
-
-
-def _serialize(message: ProtobufMessage) -> bytes:
-    return message.SerializeToString()
 
 
 async def _end(context: Context, reason: SplitnetError) -> None:

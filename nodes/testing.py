@@ -130,7 +130,7 @@ class LocalCluster:
         return node.server
 
     def alive(self, name: str) -> bool:
-        return self._process(name).running
+        return self._nodes[name].running
 
     def kill(self, name: str) -> None:
         """As if its plug were pulled (SIGKILL). A node in this process closes its connections at once."""
@@ -164,6 +164,10 @@ class LocalCluster:
 
 class _Node:
     address = ""
+
+    @property
+    def running(self) -> bool:
+        raise NotImplementedError
 
     def wait(self) -> None:
         """Until it serves."""
@@ -212,6 +216,10 @@ class _InProcess(_Node):
         loop.run(self.server.start())
         self._running = True
         self.address = self.server.address
+
+    @property
+    def running(self) -> bool:
+        return self._running
 
     def wait(self) -> None:
         pass
@@ -291,12 +299,13 @@ def _flags(config: NodeConfig) -> list[str]:
         "--heartbeat": config.heartbeat.period_s,
         "--patience": config.heartbeat.patience_s,
         "--recovery": config.recovery_s,
+        "--sessions": config.sessions,
         "--log-level": config.log_level,
         "--announce": config.announce,
     }
     if config.certs is not None:
         flags["--certs"] = config.certs
-    return [str(part) for flag in flags.items() for part in flag]
+    return [str(part) for flag in flags.items() for part in flag] + ([] if config.restore else ["--no-restore"])
 
 
 def _until(condition: Callable[[], bool], timeout_s: float) -> None:

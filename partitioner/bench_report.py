@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from splitnet.documents import load_document
+from splitnet.documents import load_document, save_document
 from splitnet.errors import BadInput
 from splitnet.explain import bytes_text, seconds_text, table
 from splitnet.plan import Plan, Prediction
@@ -101,7 +101,7 @@ class BenchReport:
             raise BadInput(f"not what `splitnet bench -o` writes: {type(error).__name__}: {error}") from None
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_json())
+        save_document(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> BenchReport:

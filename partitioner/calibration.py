@@ -16,7 +16,7 @@ from typing import Any
 from partitioner.cost import CodecFigures
 from partitioner.structure import Structure
 from splitnet.codecs import codec_names, get_codec
-from splitnet.documents import load_document
+from splitnet.documents import load_document, save_document
 from splitnet.errors import BadInput, BadModel, BadPlan
 
 __all__ = ["CALIBRATION_VERSION", "UNMEASURED", "Calibration", "CodecLoss", "CutLoss"]
@@ -92,7 +92,7 @@ class Calibration:
 
     def figures(self, structure: Structure, codecs: Mapping[str, CodecFigures]) -> dict[str, CodecFigures]:
         """The codecs with the ratio and error that were measured after each operator; speeds stay. A lossless codec has no error, and where it was
-        not measured the ratio that it had; another one an error that no budget allows. `raw` stays as it is."""
+        not measured the ratio that it had; another one an error that no budget allows, but for what makes no floats: these pass unharmed. `raw` stays as it is."""
         self.check(structure.sha256)
         found = {}
         for name, given in codecs.items():
@@ -103,14 +103,16 @@ class Calibration:
                 continue
             ratio, error = {}, {}
             for vertex in structure.vertices:
-                usual = given.ratio_of(vertex.name) if lossless else 1.0
-                ratio[vertex.name], error[vertex.name] = claims.get(vertex.name, (usual, 0.0 if lossless else UNMEASURED))
+                exact = math.inf, 0.0
+                usual = (given.ratio_of(vertex.name), 0.0) if lossless else exact if _exact(structure, vertex.name) else (1.0, UNMEASURED)
+                ratio[vertex.name], error[vertex.name] = claims.get(vertex.name, usual)
             found[name] = dataclasses.replace(given, ratio=ratio, error=0.0 if lossless else error)
         return found
 
     def _claims(self, structure: Structure, codec: str) -> dict[str, tuple[float, float]]:
         """(ratio, error) by operator. A cut's figures hold for the operators right before it and for what makes its last large tensor; for other
-        tensors of it, unless they have a cut of their own, the worst of their cuts. Numbers that are no floats pass unharmed, at any ratio."""
+        tensors of it, unless they have a cut of their own, the worst of their cuts. Numbers that are no floats pass unharmed and as they are, but
+        for what a lossless codec makes of them where only such cross."""
         main: dict[str, tuple[float, float]] = {}
         beside: dict[str, tuple[float, float]] = {}
         for cut in self.cuts:
@@ -119,13 +121,14 @@ class Calibration:
             measured = cut.codecs[codec].loss
             figures = cut.ratio(codec), max(measured, 0.0) if math.isfinite(measured) else UNMEASURED
             largest = max(structure.value_bytes[t] for t in cut.tensors)
-            large = [t for t in cut.tensors if structure.value_bytes[t] * 2 >= largest and "float" in structure.value[t].dtype]
+            floats = [t for t in cut.tensors if "float" in structure.value[t].dtype]
+            large = [t for t in floats if structure.value_bytes[t] * 2 >= largest]
+            shrunk = not floats and codec in codec_names() and get_codec(codec).lossless
             for operator in {*cut.after, *(structure.producer[t].name for t in large[-1:])}:
-                main[operator] = _worse(main.get(operator), figures)
-            for tensor in cut.tensors:
-                operator = structure.producer[tensor].name
-                exact = "float" not in structure.value[tensor].dtype
-                beside[operator] = _worse(beside.get(operator), (1e6, 0.0) if exact else figures)
+                if shrunk or not _exact(structure, operator):
+                    main[operator] = _worse(main.get(operator), figures)
+            for operator in {structure.producer[t].name for t in cut.tensors}:
+                beside[operator] = _worse(beside.get(operator), (math.inf, 0.0) if _exact(structure, operator) else figures)
         return beside | main
 
     def to_json(self) -> str:
@@ -150,7 +153,7 @@ class Calibration:
             raise BadModel(f"not a calibration: {type(error).__name__}: {error}") from None
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_json())
+        save_document(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
@@ -163,6 +166,11 @@ class Calibration:
             known = found.get(cut.tensors)
             found[cut.tensors] = cut if known is None else dataclasses.replace(cut, codecs={**known.codecs, **cut.codecs})
         return dataclasses.replace(self, cuts=tuple(found.values()))
+
+
+def _exact(structure: Structure, operator: str) -> bool:
+    """Whether none of its values are floats: no codec that loses anything touches them."""
+    return not any("float" in value.dtype for value in structure.vertex[operator].values)
 
 
 def _worse(a: tuple[float, float] | None, b: tuple[float, float]) -> tuple[float, float]:

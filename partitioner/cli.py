@@ -216,17 +216,13 @@ def plan(
     cluster = Cluster.load(cluster_file)
     check_asked(cluster, **asked)
     replicas = int(bool(standby)) if replicas is None else replicas
-    if replicas and asked.get("private"):
-        raise BadInput(
-            "--replicas would put what is private on another node, too", remedy="leave out --private, or --replicas and --standby"
-        )
     if others["generate"]:
         from partitioner.decoders.command import plan_generating
 
-        _refuse_with_generate(replicas=replicas, batch=batch, size=sizes, calibration=calibration_file, from_bench=bench_file, draw=picture)
+        _refuse_with_generate(batch=batch, size=sizes, calibration=calibration_file, from_bench=bench_file)
         plan_generating(
             model, cluster, output, folder, objective=objective, asked=asked, profile_file=profile_file, data_file=data_file, threads=threads,
-            given=others, as_json=as_json,
+            replicas=replicas, standby=standby, given=others, picture=picture, as_json=as_json,
         )  # fmt: skip
         return
     refuse_without_generate(others)
@@ -253,7 +249,7 @@ def plan(
     chosen = partitioner.plan(measured, cluster, objective=objective, **asked)
     if replicas:
         taken = {name: size for name, (size, _) in asked.get("taken", {}).items()}
-        chosen = add_standbys(chosen, cluster, replicas, standby, taken)
+        chosen = add_standbys(chosen, cluster, replicas, standby, taken, private_to=asked["private"][0] if asked.get("private") else "")
     say("cutting the model")
     shards = partitioner.cut(graph, chosen, folder)
     chosen = chosen.with_shards({stage: shard.sha256 for stage, shard in shards.items()})

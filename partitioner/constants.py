@@ -65,7 +65,7 @@ def paced(codecs: Mapping[str, CodecFigures], nodes: Sequence[ClusterNode], shar
     weights = {node.name: _weight(node, shared) for node in nodes}
 
     def speed(node: ClusterNode, codec: CodecFigures, seconds_per_byte: float) -> float:
-        ratio = statistics.median(codec.ratio.values()) if isinstance(codec.ratio, Mapping) else codec.ratio
+        ratio = statistics.median(map(codec.ratio_of, codec.ratio)) if isinstance(codec.ratio, Mapping) else codec.ratio
         spent = (seconds_per_byte + node.byte_cpu_s / ratio) * weights[node.name]
         return 1.0 / spent if spent else math.inf
 

@@ -54,8 +54,8 @@ SHORTEST_S = 1e-9  #: keeps the throughput of a plan that costs nothing finite
 
 @dataclass(frozen=True)
 class CodecFigures:
-    """What a codec does to activations: `ratio` is bytes before / bytes after, one figure or one per operator whose result is sent; the
-    speeds are bytes before per second of a processor's time, one figure for all nodes or one per node by name; `error` is the loss that the
+    """What a codec does to activations: `ratio` is bytes before / bytes after, one figure or one per operator whose result is sent, inf for one
+    whose result it leaves as it is (a mask, token ids), which says nothing of what goes beside it; the speeds are bytes before per second of a processor's time, one figure for all nodes or one per node by name; `error` is the loss that the
     caller allots to one transfer, one figure or one per operator. Raises BadInput for a figure that cannot be."""
 
     ratio: float | Mapping[str, float] = 1.0
@@ -65,7 +65,7 @@ class CodecFigures:
 
     def __post_init__(self) -> None:
         for ratio in self.ratio.values() if isinstance(self.ratio, Mapping) else (self.ratio,):
-            if not (0 < ratio < math.inf):
+            if not (ratio > 0 and (ratio < math.inf or isinstance(self.ratio, Mapping))):
                 raise BadInput(f"a codec's ratio must be positive and finite, got {ratio}")
         for what, figure in (("encode_bytes_per_s", self.encode_bytes_per_s), ("decode_bytes_per_s", self.decode_bytes_per_s)):
             for speed in figure.values() if isinstance(figure, Mapping) else (figure,):
@@ -84,14 +84,24 @@ class CodecFigures:
     @property
     def best_ratio(self) -> float:
         """That of the operator whose result is made smallest."""
-        return max(self.ratio.values(), default=1.0) if isinstance(self.ratio, Mapping) else self.ratio
+        if not isinstance(self.ratio, Mapping):
+            return self.ratio
+        return max((1.0 if ratio == math.inf else ratio for ratio in self.ratio.values()), default=1.0)
 
-    def ratio_of(self, operator: str) -> float:
-        return self._of(self.ratio, operator, "operator")
+    def ratio_of(self, *operators: str) -> float:
+        """Of the results of these together: the least of those that it changes; 1 where it changes none."""
+        if not isinstance(self.ratio, Mapping):
+            return self.ratio
+        least = min((self._of(self.ratio, operator, "operator") for operator in operators), default=1.0)
+        return 1.0 if least == math.inf else least
+
+    def leaves(self, operator: str) -> bool:
+        """Whether the result of this operator goes as it is."""
+        return isinstance(self.ratio, Mapping) and self._of(self.ratio, operator, "operator") == math.inf
 
     def sent_bytes(self, size_bytes: float, operators: Iterable[str]) -> float:
-        """What a transfer of the results of these operators takes on the wire: by the least of their ratios."""
-        return size_bytes / (min(map(self.ratio_of, operators), default=1.0) if isinstance(self.ratio, Mapping) else self.ratio)
+        """What a transfer of the results of these operators takes on the wire."""
+        return size_bytes / self.ratio_of(*operators)
 
     def error_of(self, operator: str) -> float:
         return self._of(self.error, operator, "operator")

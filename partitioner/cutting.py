@@ -13,6 +13,7 @@ from partitioner.onnx_export import onnx_member
 from partitioner.onnx_model import OnnxModel
 from partitioner.weight_files import weights_member
 from splitnet.errors import BadPlan
+from splitnet.noise import Noise
 from splitnet.onnx_format import to_bytes
 from splitnet.onnx_nouns import ONNX_MEMBER
 from splitnet.plan import Plan
@@ -35,11 +36,13 @@ def cut(model: ModelGraph, plan: Plan, directory: str | Path) -> dict[str, Shard
     shards = {}
     for stage in layout.stages:
         name = plan.stages[stage.index].name
-        shards[name] = write_stage(model, stage, Path(directory) / name, name=name)
+        shards[name] = write_stage(model, stage, Path(directory) / name, name=name, noise=plan.noise if stage.index == 0 else None)
     return shards
 
 
-def write_stage(model: ModelGraph, stage: StageLayout, directory: Path, *, name: str, weights: Iterable[str] | None = None) -> Shard:
+def write_stage(
+    model: ModelGraph, stage: StageLayout, directory: Path, *, name: str, weights: Iterable[str] | None = None, noise: Noise | None = None
+) -> Shard:
     """Writes one stage's shard. `weights`: only these, for a shard that is measured and never serves (default: all)."""
     engine, graphs, notes = _graphs(model, stage)
     stored = _stored(model.weights, stage.params if weights is None else weights)
@@ -55,6 +58,7 @@ def write_stage(model: ModelGraph, stage: StageLayout, directory: Path, *, name:
         param_bytes=stage.param_bytes,
         activation_bytes=stage.activation_bytes,
         notes=notes,
+        noise=noise,
     )
 
 

@@ -94,7 +94,7 @@ class Draft:
         allowed = allowed_operators(wishes, self.names, self.operators)
         if wishes.private is None:
             return replace(self, allowed=allowed)
-        privacy = Privacy.of(self.structure, self.operators, *wishes.private)
+        privacy = Privacy.of(self.structure, self.operators, *wishes.private, noised=wishes.noise is not None)
         allowed = np.ones((len(self.names), len(self.operators)), dtype=bool) if allowed is None else allowed
         elsewhere = np.array([name != privacy.node for name in self.names])
         private = np.array([o.name in privacy.operators for o in self.operators])
@@ -258,6 +258,11 @@ class Draft:
     def kept_private(self, realised: Realised) -> Realised:
         """The same. Raises NoPlan where a value would leave the node that it is private to."""
         if self.privacy is not None and (value := self.privacy.leak(realised)):
+            if value not in self.privacy.values:
+                raise NoPlan(
+                    f"value {value!r} would leave node {self.privacy.node!r} without noise: it is {self.structure.value[value].dtype}, and noise is for floating-point numbers",
+                    remedy="give the model without that input (such as a mask: send requests without padding), or let it all run there",
+                )
             raise NoPlan(
                 f"value {value!r} would leave node {self.privacy.node!r}, to which it is private",
                 remedy="keep more of the model there (--private), or let it all run there",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -43,6 +43,11 @@ class ModelGraph:
     def document(self, stage: StageLayout) -> GraphDocument:
         """The graph document of one stage of a layout."""
         return build_document(self, stage)
+
+    def stage_runner(self, stage: StageLayout) -> Callable[[list[Any]], Sequence[Any]]:
+        """What computes one stage of a layout here: the values of its inputs in their order, to those of its outputs. Without gradients it is to be
+        called by whoever wants none."""
+        return Program(self.document(stage), torch, self.weights).run
 
     def run(self, inputs: Mapping[str, torch.Tensor], on_vertex: Callable[[str, float], None] | None = None) -> dict[str, torch.Tensor]:
         """The whole model: flat names in, flat names out, at any batch size. `on_vertex` is called with each vertex and its seconds.

@@ -13,16 +13,18 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, Self, TypeVar
 
 from partitioner.constants import Goal, codec_figures, machines, outside_bytes, overheads
 from partitioner.cost import CodecFigures, evaluate
-from partitioner.profiling import Column, Profile
-from splitnet.cluster import Cluster, Link
+from partitioner.profiling import Profile
+from partitioner.structure import Structure
+from splitnet.cluster import Cluster, ClusterNode, Link
 from splitnet.errors import BadCluster, NoPlan
 from splitnet.node_status import NodeStatus
-from splitnet.plan import CLIENT, CodecOption, Plan
+from splitnet.plan import CLIENT, CodecOption, Plan, StageSpec
 
-__all__ = ["Observer", "identity", "price"]
+__all__ = ["Measured", "Observer", "identity", "price"]
 
 _LEAST_BYTES = 16 << 10  # between two looks, for a goodput to count as new
 _LEAST_RUNS = 4  # of a stage, between two looks
@@ -39,14 +41,26 @@ class _Seen:
     latency_s: float | None = None  # of a probe
 
 
-class Observer:
+class Measured(Protocol):
+    """What a plan is made from: `Profile`, or a decoder model's."""
+
+    @property
+    def structure(self) -> Structure: ...
+
+    def stage_s(self, node: ClusterNode, plan: Plan, stage: StageSpec) -> float: ...
+
+    def slowed(self, nodes: Sequence[ClusterNode], factors: Mapping[str, float]) -> Self: ...
+
+
+P = TypeVar("P", bound=Measured)
+
+
+class Observer(Generic[P]):
     """Looks at the nodes of one cluster again and again."""
 
-    def __init__(self, cluster: Cluster, profile: Profile) -> None:
+    def __init__(self, cluster: Cluster, profile: P) -> None:
         self._cluster = cluster
         self._profile = profile
-        self._columns = {node.name: profile.on(node) for node in cluster.nodes}
-        self._place = {vertex.name: i for i, vertex in enumerate(profile.structure.vertices)}
         self._links: dict[tuple[str, str], _Seen] = {}
         self._sent: dict[tuple[str, str], tuple[int, int]] = {}
         self._runs: dict[tuple[str, str, int], tuple[int, float]] = {}
@@ -99,15 +113,10 @@ class Observer:
         links = tuple(self._link(link) for link in self._cluster.links if {link.source, link.target} <= names)
         return dataclasses.replace(self._cluster, nodes=there, links=links)
 
-    def profile(self) -> Profile:
+    def profile(self) -> P:
         """With the times of nodes that turned out to be faster or slower."""
-        columns = dict(self._profile.columns)
-        for node in self._cluster.nodes:
-            factor, column = self._factors.get(node.name, 1.0), self._columns[node.name]
-            if max(factor, 1 / factor) >= _NOTICEABLE:
-                column = Column(tuple(s * factor for s in column.seconds), f"{column.how}; {factor:.2g}x as seen", column.sustained)
-            columns[node.name] = column
-        return dataclasses.replace(self._profile, columns=columns)
+        noticed = {name: factor for name, factor in self._factors.items() if max(factor, 1 / factor) >= _NOTICEABLE}
+        return self._profile.slowed(self._cluster.nodes, noticed)
 
     def changed(self) -> list[str]:
         """For people: what is otherwise than the files say."""
@@ -132,8 +141,7 @@ class Observer:
         for status in statuses:
             held = next((d for d in status.generations(name) if d.plan_sha256 == plan.sha256), None)
             for stage in held.stages if held is not None else ():
-                column = self._columns[status.name]
-                profiled_s = column.sustained * math.fsum(column.seconds[self._place[o]] for o in plan.stage(stage.name).operators)
+                profiled_s = self._profile.stage_s(self._cluster.node(status.name), plan, plan.stage(stage.name))
                 key = (status.name, stage.name, held.generation if held is not None else 0)
                 before = self._runs.get(key, (stage.requests, stage.compute_s))
                 self._runs[key] = stage.requests, stage.compute_s
@@ -151,7 +159,10 @@ class Observer:
 
 
 def _size_factor(plan: Plan, raw_bytes: int, requests: int) -> float:
-    """How many times larger the clients' requests are than those that the plan was made for, by what went over links; 0: not known."""
+    """How many times larger the clients' requests are than those that the plan was made for, by what went over links; 0: not known, nor where text is
+    generated: passes are of every size."""
+    if plan.generation is not None:
+        return 0.0
     node = {stage.name: stage.node for stage in plan.stages} | {CLIENT: plan.ingress.name}
     planned = sum(t.bytes for t in plan.transfers if node[t.source] != node[t.target])
     return raw_bytes / (planned * requests) if planned and requests and raw_bytes else 0.0

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,6 +55,17 @@ class OnnxModel(ModelGraph):
         """The part of the graph that one stage runs."""
         nodes = tuple(self._node_of[name] for name in stage.executed)
         return self._part(nodes, [_as_value(spec) for spec in stage.inputs], [_as_value(spec) for spec in stage.outputs])
+
+    def stage_runner(self, stage: StageLayout) -> Callable[[list[Any]], Sequence[Any]]:
+        """As `ModelGraph.stage_runner`, by ONNX Runtime, which runs on a node too."""
+        session = _open(self.stage_graph(stage), self.weights, _options())
+        names = [spec.name for spec in stage.inputs]
+
+        def run(values: list[Any]) -> Sequence[Any]:
+            results = session.run(None, {name: np.ascontiguousarray(value.numpy()) for name, value in zip(names, values, strict=True)})
+            return [torch.from_numpy(array) for array in results]
+
+        return run
 
     def run(self, inputs: Mapping[str, torch.Tensor], on_vertex: Callable[[str, float], None] | None = None) -> dict[str, torch.Tensor]:
         if missing := [spec.name for spec in self.structure.inputs if spec.name not in inputs]:

@@ -27,11 +27,13 @@ from partitioner.worthwhile import MARGIN, why_alone, worth_splitting
 from splitnet.cluster import Cluster
 from splitnet.errors import BadInput, NoPlan
 from splitnet.explain import bytes_text
+from splitnet.noise import Noise
 from splitnet.plan import Alternative, NodeRef, Plan, Prediction
 
 __all__ = ["plan"]
 
 TOLERANCE = 0.01  #: plans that differ by less are the same to a measurement
+_ALONE = "no noise was added: nothing leaves the node but answers"
 _REFINED = 60  # placements that local search weighs: each is laid out
 
 
@@ -49,6 +51,7 @@ def plan(
     input_at: str = "",
     output_at: str = "",
     private: tuple[str, int | str] | None = None,
+    noise: Noise | None = None,
     taken: Mapping[str, tuple[float, float]] | None = None,
     codecs: Mapping[str, CodecFigures] | None = None,
     link_codecs: Mapping[tuple[str, str], Sequence[str]] | None = None,
@@ -68,7 +71,7 @@ def plan(
     this model; with it `max_accuracy_loss` is the share that the plan may lose, and `measure_loss` says what a plan loses as a whole (a
     `partitioner.calibrating.Task` has one): no plan that loses more is returned. `tolerance`: of the plans that are within this share of the best one,
     what sends least is taken. `margin`: where one node alone may serve the model, a split must be predicted to be better by more than this share, because
-    predictions err. The other wishes are those of `partitioner.solvers.constraints.Constraints`; `forbid` takes nodes, or node -> patterns.
+    predictions err. `noise`: on what leaves the node of `private`; a plan that keeps all on it has none, and says so. The other wishes are those of `partitioner.solvers.constraints.Constraints`; `forbid` takes nodes, or node -> patterns.
 
     The profile's times are scaled to each node (see `Profile.on`). The candidates are exact over the model's own order of operators with every live
     tensor charged at its cut; the best ones are laid out, evaluated as they will run, and improved by local search. Raises BadInput or
@@ -89,7 +92,7 @@ def plan(
     beforehand = check_asked(
         cluster, stages=stages, max_stages=max_stages, forbid=forbid, at=at, nodes=nodes, codecs=codecs, lossless=lossless,
         max_accuracy_loss=max_accuracy_loss, tolerance=tolerance, margin=margin, pin=pin, input_at=input_at, output_at=output_at,
-        private=private, taken=taken, link_codecs=link_codecs,
+        private=private, noise=noise, taken=taken, link_codecs=link_codecs,
     )  # fmt: skip
     wishes, chosen = beforehand.wishes, beforehand.chosen
 
@@ -180,6 +183,7 @@ def _plan(draft: Draft, best: Selected, goal: Objective, bound: float, note: str
         transfers=realised.transfers,
         inputs=structure.inputs,
         outputs=structure.outputs,
+        noise=draft.wishes.noise if len(realised.stages) > 1 else None,
         profile_sha256=draft.profile.sha256,
         max_in_flight=pipeline_depth(realised, cost, limits, {n: t[0] for n, t in draft.wishes.taken.items()}),
         prediction=Prediction(
@@ -192,7 +196,7 @@ def _plan(draft: Draft, best: Selected, goal: Objective, bound: float, note: str
             bytes_per_link={f"{a}->{b}": round(size) for (a, b), size in cost.sent_bytes.items()},
             alternatives=_alternatives(draft),
             symbols=dict(structure.symbols),
-            note=note,
+            note="; ".join(filter(None, (note, _ALONE if draft.wishes.noise is not None and len(realised.stages) == 1 else ""))),
         ),
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from partitioner.solvers.constraints import Operator, matching
 from partitioner.solvers.placement import Realised
 from partitioner.structure import Structure
+from splitnet.noise import FLOATS
 from splitnet.plan import CLIENT
 
 __all__ = ["Privacy"]
@@ -23,16 +24,17 @@ class Privacy:
     node: str
     operators: frozenset[str]
     values: frozenset[str]
+    noised: bool = False  # nothing leaves but floating-point numbers, on which there will be noise
 
     @classmethod
-    def of(cls, structure: Structure, operators: Sequence[Operator], node: str, first: int | str) -> Privacy:
+    def of(cls, structure: Structure, operators: Sequence[Operator], node: str, first: int | str, *, noised: bool = False) -> Privacy:
         """`first`: so many operators, or a pattern: all that match and what they depend on. `operators`: the structure's vertices, in order."""
         private = _first(operators, first)
         values = _showing_inputs(structure)
         for name in private:
             values |= {v for v in structure.vertex[name].inputs if structure.producer[v].name in private}
         users = {v.name for v in structure.vertices if v.op not in ("input", "size") and values & set(v.inputs)}
-        return cls(node, frozenset(private | users), frozenset(values))
+        return cls(node, frozenset(private | users), frozenset(values), noised)
 
     def leak(self, realised: Realised) -> str:
         """The first value that leaves the node in this, "" where none does. What the client sends in is on the first stage's node."""
@@ -40,9 +42,14 @@ class Privacy:
         for transfer in realised.transfers:
             if transfer.target != CLIENT and home[transfer.target] != self.node:
                 for value in transfer.tensors:
-                    if value in self.values:
+                    if value in self.values or (self.noised and home[transfer.source] == self.node and not _floats(realised, value)):
                         return value
         return ""
+
+
+def _floats(realised: Realised, value: str) -> bool:
+    specs = [spec for stage in realised.stages for spec in (*stage.outputs, *stage.inputs) if spec.name == value]
+    return all(spec.dtype in FLOATS for spec in specs)
 
 
 def _first(operators: Sequence[Operator], which: int | str) -> set[str]:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from partitioner.structure import Structure
 from splitnet import background
 from splitnet.cluster import Cluster, ClusterNode
-from splitnet.documents import load_document
+from splitnet.documents import load_document, save_document
 from splitnet.errors import BadInput, BadModel
 from splitnet.machine import processor_name
+from splitnet.plan import Plan, StageSpec
 from splitnet.reference_kernel import measure_reference
 
 if TYPE_CHECKING:
@@ -90,6 +91,25 @@ class Profile:
         how = f"scaled by the reference kernel: {ratio:.3g}x of the machine that profiled"
         return Column(tuple(s * ratio for s in here.seconds), how, here.sustained)
 
+    def stage_s(self, node: ClusterNode, plan: Plan, stage: StageSpec) -> float:
+        """What one run of a plan's stage takes on a node that is kept busy."""
+        column, place = self.on(node), self._place
+        return column.sustained * math.fsum(column.seconds[place[operator]] for operator in stage.operators)
+
+    def slowed(self, nodes: Sequence[ClusterNode], factors: Mapping[str, float]) -> Profile:
+        """With a column for each of the nodes, its seconds times the node's factor where there is one."""
+        columns = dict(self.columns)
+        for node in nodes:
+            column = self.on(node)
+            if (factor := factors.get(node.name)) is not None:
+                column = Column(tuple(s * factor for s in column.seconds), f"{column.how}; {factor:.2g}x as seen", column.sustained)
+            columns[node.name] = column
+        return dataclasses.replace(self, columns=columns)
+
+    @functools.cached_property
+    def _place(self) -> Mapping[str, int]:
+        return {vertex.name: i for i, vertex in enumerate(self.structure.vertices)}
+
     def for_cluster(self, cluster: Cluster) -> Profile:
         """The same with a column for each node of the cluster, by scaling."""
         columns = {HERE: self.columns[HERE], **{node.name: self.scaled_to(node) for node in cluster.nodes}}
@@ -125,7 +145,7 @@ class Profile:
             raise BadModel(f"not a profile: {type(error).__name__}: {error}") from None
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_json())
+        save_document(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:

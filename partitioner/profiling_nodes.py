@@ -42,7 +42,7 @@ _Shipped = dict[str, set[str]]  # by a node's address: the blobs that were broug
 
 _SMALL_BYTES = 1 << 14  # weights up to this size travel: tables of positions and the like, whose values matter
 _GRACE_S = 600.0  # a slow box runs a large model five times at least
-_TOGETHER = 0.3  # of the budget, for nodes in one box at once
+_TOGETHER = 0.6  # of the budget, for nodes in one box at once
 _ROOM = 0.9  # of a node's free memory that a piece may take
 _RELEASE_S = 60.0  # a node that activates a deployment answers after that
 _CANNOT = (InsufficientMemory, NotFound, MissingExtra)  # what a node says that cannot do it; everything else is an error

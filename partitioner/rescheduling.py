@@ -15,13 +15,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from partitioner.cutting import cut
-from partitioner.graph import ModelGraph
-from partitioner.observing import Observer, identity, price
-from partitioner.planning import plan as make_plan
-from partitioner.profiling import Profile
+from partitioner.followers import Follower
+from partitioner.observing import Measured, Observer, identity
 from partitioner.watching import Judge, Rules, Verdict
 from splitnet.channel import open_channel, stub, translated
 from splitnet.cluster import Cluster
@@ -62,17 +59,20 @@ class Look:
     probed: tuple[str, ...] = field(default=())
 
 
-class Watch:
-    """`model`: what new plans are cut from; without one (`dry`) nothing is ever switched. `folder`: where the shards of new plans go. `asked` are wishes, as for
-    `partitioner.plan`. `on_switch` hears of a switch before it begins."""
+P = TypeVar("P", bound=Measured)
+
+
+class Watch(Generic[P]):
+    """`follower`: what new plans are made and cut by; where it cannot cut, nothing is ever switched. `folder`: where the shards of new plans go. `asked` are
+    wishes, as for `partitioner.plan`. `on_switch` hears of a switch before it begins."""
 
     def __init__(
         self,
         name: str,
         cluster: Cluster,
-        profile: Profile,
+        profile: P,
         *,
-        model: ModelGraph | None,
+        follower: Follower[P],
         folder: Path,
         rules: Rules | None = None,
         asked: Mapping[str, Any] | None = None,
@@ -81,12 +81,10 @@ class Watch:
         clock: Callable[[], float] = time.monotonic,
         on_switch: Callable[[Plan], None] | None = None,
     ) -> None:
-        if model is not None and model.sha256 != profile.structure.sha256:
-            raise BadPlan("the profile is of another model", remedy="profile this model")
         self.name = name
         self.judge = Judge(rules or Rules())
         self._cluster = cluster
-        self._model = model
+        self._follower = follower
         self._folder = folder
         self._asked = dict(asked or {})
         self._move_ingress = move_ingress
@@ -119,7 +117,7 @@ class Watch:
 
     async def _tell_ingress(self, lease_s: float, hopeless: str = "") -> None:
         """An ingress that cannot be reached has no requests that wait."""
-        if self._last_plan is None or self._model is None:
+        if self._last_plan is None or not self._follower.can_cut:
             return
         address = self._last_plan.ingress.address
         request = pb.WatchRequest(deployment=self.name, lease_s=lease_s, hopeless=hopeless[:200])
@@ -153,7 +151,7 @@ class Watch:
 
     async def _say_so(self, present: Plan, hopeless: str = "") -> None:
         """To the ingress: requests that lack a node wait for another plan; or there is none, and they fail at once, saying why."""
-        if self._model is None:
+        if not self._follower.can_cut:
             return
         address = present.ingress.address
         request = pb.WatchRequest(deployment=self.name, lease_s=_LEASE_S, hopeless=hopeless)
@@ -188,19 +186,23 @@ class Watch:
             cluster, profile = self._observer.cluster(), self._observer.profile()
         except BadCluster as error:
             return Look(generation, float("inf"), float("inf"), 0.0, "", None, changed, error=error.message)
-        present_s = price(present, profile, cluster)
+        present_s = self._follower.price(present, profile, cluster)
         asked = dict(self._asked)
         if self._exact:
             asked["lossless"] = True
+        if present.noise is not None:  # what was promised stays promised, whatever was asked here
+            asked["noise"] = present.noise
+            if not asked.get("private"):
+                why = "the plan promises noise on what leaves its first node, and a new one needs to know what must stay there: give --private, as for the plan"
+                return Look(generation, present_s, float("inf"), 0.0, "", None, changed, error=why)
         ingress = present.ingress.name
         if not self._move_ingress and not asked.get("input_at") and any(node.name == ingress for node in cluster.nodes):
             asked["input_at"] = ingress  # where the clients are
         try:
-            best = make_plan(profile, cluster, objective=present.objective, **asked)
+            best = self._follower.plan(present, profile, cluster, asked)
         except (NoPlan, BadInput, BadCluster) as error:
             return Look(generation, present_s, float("inf"), 0.0, "", None, changed, error=error.message)
-        best = dataclasses.replace(best, model=present.model, batching=present.batching)
-        best_s = price(best, profile, cluster)
+        best_s = self._follower.price(best, profile, cluster)
         return Look(generation, present_s, best_s, 0.0, "", best, changed, planning_s=time.perf_counter() - started)
 
     def _verdict(self, look: Look, present: Plan) -> Verdict:
@@ -211,14 +213,14 @@ class Watch:
     async def _switch(self, look: Look, present: Plan) -> Look:
         best = look.best
         assert best is not None
-        if self._model is None:
+        if not self._follower.can_cut:
             return dataclasses.replace(look, would=True)
         if self._on_switch is not None:
             self._on_switch(best)
         try:
             file = self._folder / f"generation-{look.generation + 1}.json"
             await asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True)
-            shards = await asyncio.to_thread(cut, self._model, best, file.with_suffix(".shards"))
+            shards = await asyncio.to_thread(self._follower.cut, best, file.with_suffix(".shards"))
             best = best.with_shards({stage: shard.sha256 for stage, shard in shards.items()})
             await asyncio.to_thread(best.save, file)
             able = math.isfinite(look.present_s)  # else there is nothing to go back to

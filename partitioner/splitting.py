@@ -13,7 +13,6 @@ import torch
 from partitioner.graph import ModelGraph
 from partitioner.layout import Layout, StageLayout
 from splitnet.codecs import Buffer
-from splitnet.interpreter import Program
 from splitnet.wire import TensorAssembler, tensor_chunks
 
 __all__ = ["SplitModel", "Travelled", "to_array", "travel"]
@@ -47,14 +46,14 @@ class SplitModel:
 
     model: ModelGraph
     layout: Layout
-    _programs: dict[int, Program] = field(default_factory=dict)
+    _programs: dict[int, Callable[[list[Any]], Sequence[Any]]] = field(default_factory=dict)
 
     def run_stage(self, stage: StageLayout, values: Mapping[str, Any]) -> dict[str, Any]:
         """The stage's outputs, of its inputs by name: tensors, and numbers where the graph has numbers."""
         if stage.index not in self._programs:
-            self._programs[stage.index] = Program(self.model.document(stage), torch, self.model.weights)
+            self._programs[stage.index] = self.model.stage_runner(stage)
         with torch.no_grad():  # not inference_mode: see nodes/engines/torch_graph.py
-            results = self._programs[stage.index].run([values[spec.name] for spec in stage.inputs])
+            results = self._programs[stage.index]([values[spec.name] for spec in stage.inputs])
         return dict(zip((spec.name for spec in stage.outputs), results, strict=True))
 
     def run(self, inputs: Mapping[str, np.ndarray], codecs: Mapping[tuple[int, int], str]) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from partitioner.options import FILE, Share, say
+from partitioner.options import FILE, Share, progress_bar, say
 from partitioner.watching import Rules
 from partitioner.wishes import wish_options, wishes
 from splitnet.cluster import Cluster
@@ -63,12 +63,17 @@ _DEFAULT = Rules()
 )
 @click.option("--move-ingress", is_flag=True, help="Another node may take the requests: clients are sent there.")
 @click.option("--for", "for_s", type=click.FloatRange(min=0), help="Stop after so many seconds.  [default: never]")
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing. Needs no model.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing. Needs no model, but where text is generated.")
+@click.option(
+    "--weights",
+    type=click.Choice(["auto", "float32", "bfloat16", "int8", "int4"]),
+    help="Of a model that generates: the format of new plans' matrices.  [default: as PLAN has them]",
+)
 @wish_options
 @click.option("--json", "as_json", is_flag=True, help="Print each look as a line of JSON.")
 def watch(
     plan: Path, cluster_file: Path, profile_file: Path, model: str, name: str, every_s: float, gain: float, steady_s: float, pause_s: float,
-    probe_s: float, move_ingress: bool, for_s: float | None, dry_run: bool, as_json: bool, **others: Any,
+    probe_s: float, move_ingress: bool, for_s: float | None, dry_run: bool, weights: str | None, as_json: bool, **others: Any,
 ) -> None:  # fmt: skip
     """Follow a deployed PLAN, and switch to a better one when there is one for long enough.
 
@@ -83,6 +88,7 @@ def watch(
     Example: what would it do
       splitnet watch plan.json --cluster cluster.toml --profile model.profile.json --dry-run --for 60
     """
+    from partitioner.followers import CapturedFollower
     from partitioner.profiling import Profile
     from partitioner.rescheduling import Watch
     from splitnet import background
@@ -94,13 +100,26 @@ def watch(
             "--max-accuracy-loss and --at hold for one plan, and not for those that follow it",
             remedy="leave them out: new plans use codecs without loss, or that round as bfloat16 does",
         )
-    planned, cluster, profile = Plan.load(plan), Cluster.load(cluster_file), Profile.load(profile_file)
-    rules = Rules(margin=gain, steady_s=steady_s, pause_s=pause_s)
-    graph = None if dry_run else _load(model or planned.model, profile)
-    follow = Watch(
-        name or default_name(planned.model), cluster, profile, model=graph, folder=plan.with_suffix(".watch"), rules=rules, asked=asked,
-        move_ingress=move_ingress, probe_s=probe_s, on_switch=lambda new: say(f"cutting and loading {len(new.stages)} stages"),
-    )  # fmt: skip
+    planned, cluster = Plan.load(plan), Cluster.load(cluster_file)
+    named: dict[str, Any] = {
+        "folder": plan.with_suffix(".watch"), "rules": Rules(margin=gain, steady_s=steady_s, pause_s=pause_s), "asked": asked, "move_ingress": move_ingress,
+        "probe_s": probe_s, "on_switch": lambda new: say(f"cutting and loading {len(new.stages)} stages"),
+    }  # fmt: skip
+    called = name or default_name(planned.model)
+    follow: Watch[Any]
+    if planned.generation is not None:
+        from partitioner.decoders.figures import DecoderProfile
+        from partitioner.decoders.follower import DecoderFollower
+
+        measured = DecoderProfile.load(profile_file)
+        decoder = _load_decoder(model or planned.generation.tokenizer)
+        follow = Watch(called, cluster, measured, follower=DecoderFollower(decoder, measured, weights=weights or "", dry=dry_run), **named)
+    else:
+        if weights is not None:
+            raise BadInput("--weights is for models that generate", remedy="leave it away")
+        profile = Profile.load(profile_file)
+        graph = None if dry_run else _load(model or planned.model, profile)
+        follow = Watch(called, cluster, profile, follower=CapturedFollower(graph, profile), **named)
     follow.lease_s += every_s  # what it tells the ingress holds until the next look
     try:
         _follow(follow, background.run, every_s, for_s, as_json)
@@ -108,7 +127,7 @@ def watch(
         say("stopped")
 
 
-def _follow(follow: Watch, run: Any, every_s: float, for_s: float | None, as_json: bool) -> None:
+def _follow(follow: Watch[Any], run: Any, every_s: float, for_s: float | None, as_json: bool) -> None:
     began = time.monotonic()
     last = ""
     while True:
@@ -130,6 +149,14 @@ def _load(model: str, profile: Any) -> Any:
 
     say(f"capturing {model}")
     return at_sizes(partitioner.load_model(model), profile.structure.symbols)
+
+
+def _load_decoder(model: str) -> Any:
+    """Reads every weight once, to know that it is the deployed model."""
+    from partitioner.decoders.model import load_decoder
+
+    with progress_bar("reading the model") as advance:
+        return load_decoder(model.removeprefix("hf:"), lambda done, total: advance(done, total, ""))
 
 
 def _line(look: Look) -> str:

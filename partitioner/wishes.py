@@ -14,6 +14,7 @@ import click
 from partitioner.options import Share
 from splitnet.codecs import codec_names
 from splitnet.errors import BadInput
+from splitnet.noise import REQUEST, SAMPLE, Noise
 
 if TYPE_CHECKING:
     from partitioner.cost import CodecFigures
@@ -23,6 +24,7 @@ __all__ = ["wish_options", "wishes"]
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Wish = TypeVar("_Wish")
 _FILE = click.Path(dir_okay=False, path_type=Path)
+_DELTA = 1e-6
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -52,6 +54,10 @@ _OPTIONS = (
     click.option(
         "--private", metavar="NODE=K|MODULE", help="The raw input and the first K operators, or all up to MODULE, stay on this node."
     ),
+    click.option("--noise-epsilon", type=float, help="With --private: what leaves the node for others gets noise, and tells little of a sample: (epsilon, delta)-differential privacy of each. See `splitnet privacy`."),
+    click.option("--noise-delta", type=float, help=f"With --noise-epsilon.  [default: {_DELTA:g}]"),
+    click.option("--noise-clip", type=float, metavar="NORM", help="With --noise-epsilon: what leaves is scaled down to at most this norm; `splitnet privacy` suggests one."),
+    click.option("--noise-per", type=click.Choice([SAMPLE, REQUEST]), help=f"With --noise-epsilon: whether it holds for each sample of a batch, or for a request as a whole.  [default: {SAMPLE}]"),
     click.option("--taken", multiple=True, metavar="NODE=SIZE[,SHARE]", help="Memory and share of time (0 to 1) that others use there."),
     click.option("--codec", "link_codecs", multiple=True, metavar="A->B=CODEC[,CODEC]", help="The codecs that may be used on this link."),
     click.option("--codec-figures", type=_FILE, help="A TOML file: per codec a table with ratio, encode_bytes_per_s, decode_bytes_per_s, error."),
@@ -94,12 +100,31 @@ def wishes(given: Mapping[str, Any]) -> dict[str, Any]:
     if given["private"]:
         node, which = _pair(given["private"], "--private", "NODE=K|MODULE")
         found["private"] = node, int(which) if which.isdigit() else which
+    if (noise := _noise(given)) is not None:
+        found["noise"] = noise
     found["taken"] = _once("--taken", [_taken(text) for text in given["taken"]])
     pairs = _once("--codec", [(f"{a}->{b}", ((a, b), codecs)) for (a, b), codecs in map(_link, given["link_codecs"])])
     found["link_codecs"] = dict(pairs.values())
     if given["codec_figures"]:
         found["codecs"] = _read_figures(given["codec_figures"])
     return found
+
+
+def _noise(given: Mapping[str, Any]) -> Noise | None:
+    epsilon, clip = given.get("noise_epsilon"), given.get("noise_clip")
+    if epsilon is None:
+        for name in ("noise_delta", "noise_clip", "noise_per"):
+            if given.get(name) is not None:
+                raise BadInput(f"--{name.replace('_', '-')} is for noise", remedy="add --noise-epsilon")
+        return None
+    if given.get("generate"):
+        raise BadInput("--noise-epsilon cannot be had with --generate: every token would be another release", remedy="leave it away")
+    if clip is None:
+        raise BadInput(
+            "--noise-epsilon needs --noise-clip: the norm that what leaves may have at most",
+            remedy="`splitnet privacy` suggests one for each cut",
+        )
+    return Noise(epsilon, _DELTA if given.get("noise_delta") is None else given["noise_delta"], clip, given.get("noise_per") or SAMPLE)
 
 
 def _once(option: str, pairs: Sequence[tuple[str, _Wish]]) -> dict[str, _Wish]:

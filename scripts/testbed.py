@@ -64,7 +64,12 @@ def up(file: str, command: tuple[str, ...], quiet: bool) -> None:
             except KeyboardInterrupt:
                 return
         parts = [part.replace("{cluster}", str(bed.cluster_file)) for part in command]
-        process = subprocess.Popen(parts, env={**os.environ, "SPLITNET_CLUSTER": str(bed.cluster_file)})
+        try:
+            process = subprocess.Popen(parts, env={**os.environ, "SPLITNET_CLUSTER": str(bed.cluster_file)})
+        except OSError as error:
+            raise click.UsageError(
+                f"COMMAND {parts[0]!r} cannot be started: {error.strerror}; what belongs to `up` stands before FILE"
+            ) from None
         status = _wait(process)
     sys.exit(status)
 

@@ -20,7 +20,7 @@ import click
 from click.shell_completion import CompletionItem, get_completion_class
 
 from splitnet import __version__
-from splitnet.errors import MissingExtra, SplitnetError
+from splitnet.errors import BadCluster, BadPlan, BadShard, MissingExtra, SplitnetError
 
 __all__ = ["GROUP", "SUMMARIES", "CommandGroup", "main", "run_command"]
 
@@ -32,6 +32,7 @@ SUMMARIES = {
     "probe": "Measure nodes and the links between them.",
     "profile": "Measure the operators of a model.",
     "calibrate": "Measure what codecs cost in accuracy, on your samples.",
+    "privacy": "Measure what nodes see of samples, and what noise costs.",
     "plan": "Choose the cuts, and cut the model.",
     "bundle": "Put a plan and its shards into one file.",
     "deploy": "Ship shards to the nodes, verify, activate.",
@@ -72,6 +73,12 @@ _EXTRA_OF_COMMAND = {"node": "node", "demo": "demo"}
 _SHARED_MODULES = ("torch", "safetensors")
 
 _USER_INTERRUPT = 130
+_WRONG_USE = 2
+_REMEDIES = {  # where an error says what is wrong with a file, and no more
+    BadCluster: "correct the cluster file, or measure again with `splitnet probe`",
+    BadPlan: "make the plan again with `splitnet plan`",
+    BadShard: "cut the model again with `splitnet plan`",
+}
 
 
 @dataclass
@@ -212,6 +219,11 @@ def _report(error: BaseException, settings: _Settings) -> int:
     if settings.debug:
         traceback.print_exception(error)
     if isinstance(error, SplitnetError):
+        if error.exit_status == _WRONG_USE and not error.remedy:
+            known = (remedy for kind, remedy in _REMEDIES.items() if isinstance(error, kind))
+            error.remedy = next(
+                known, f"correct it; `splitnet {settings.command} --help` says what is expected" if settings.command else ""
+            )
         _complain(str(error))
         return error.exit_status
     if isinstance(error, OSError) and error.filename is not None:

@@ -1,12 +1,10 @@
-"""The client: sends tensors to a deployment's ingress and receives its answers. `splitnet.Client` is the blocking twin.
-
-The story of one request stands in `AsyncClient.infer`; the stream that all requests share is `splitnet.exchange`.
-"""
+"""The client: sends tensors to a deployment's ingress and receives its answers; `splitnet.Client` is the blocking twin. The story of one request stands in `AsyncClient.infer`."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import math
 import secrets
@@ -24,7 +22,7 @@ from splitnet.batch_source import END, BatchSource
 from splitnet.deployment import Deployment, Inputs, as_arrays, choose
 from splitnet.errors import BadInput, DeadlineExceeded, Moved, NodeUnavailable, Overloaded, SplitnetError
 from splitnet.exchange import HIGHEST_PRIORITY, Exchange
-from splitnet.failover import find_ingress
+from splitnet.failover import find_ingress, goes_on
 from splitnet.generation import GenerateRequest, Stop, TextModel, as_prompt
 from splitnet.heartbeat import Heartbeat, Silence, pulse
 from splitnet.rpc.v1 import node_pb2 as pb
@@ -51,7 +49,7 @@ class AsyncClient:
     Any number of tasks of one event loop may call at once; all requests share one connection. It is made at the first call (or on
     `async with`). When it breaks, or nothing is heard from the node for 0.4 s, and the plan names who follows the ingress (replicas of its
     first stage), requests go there by themselves, under the ids that they had, within their time: they may be computed a second time, and are
-    answered once. Where nobody follows, the requests under way fail with NodeUnavailable; the next call connects anew and asks the node
+    answered once; text that is being generated goes on after the tokens that have come. Where nobody follows, the requests under way fail with NodeUnavailable; the next call connects anew and asks the node
     again what it serves. After a failed attempt calls fail at once for up to a second before the next attempt.
     """
 
@@ -88,7 +86,7 @@ class AsyncClient:
         """
         _check_priority(priority)
         limit_s = self.timeout_s if timeout_s is None else _positive(timeout_s)
-        deadline, moves, request = time.monotonic() + limit_s, 0, next(self._requests)
+        deadline, moves, request, lost = time.monotonic() + limit_s, 0, next(self._requests), False
         async with self._limit(limit_s):
             while True:
                 exchange, deployment = await self._connected()
@@ -98,14 +96,14 @@ class AsyncClient:
                     return await exchange.ask(request, deployment.name, arrays, outputs, deadline, priority)
                 except Overloaded as busy:
                     wait_s = busy.retry_after_s or _RETRY_S
-                    if not retry or time.monotonic() + wait_s >= deadline:
+                    if not (retry or lost) or time.monotonic() + wait_s >= deadline:
                         raise
                 except Moved as moved:
                     moves, wait_s = await self._follow(moved, exchange, moves), 0.0
                 except NodeUnavailable:
-                    if exchange.broken is None or not deployment.followers or self._closed:
-                        raise  # the ingress itself has said so, or nobody follows it
-                    wait_s = 0.0
+                    if self._closed or not await goes_on(exchange, deployment, self.address, self._open):
+                        raise
+                    lost, wait_s = True, 0.0  # it had been taken in: now it waits for its place
                 await asyncio.sleep(wait_s)
 
     async def stream(
@@ -199,15 +197,16 @@ class AsyncClient:
     async def _generate(
         self, prompt: np.ndarray, wanted: GenerateRequest, limit_s: float, retry: bool, priority: int, stream: TokenStream
     ) -> AsyncGenerator[list[int], None]:
-        deadline, came, moves = time.monotonic() + limit_s, False, 0
+        deadline, moves, request, lost = time.monotonic() + limit_s, 0, next(self._requests), False
+        came: list[int] = []
         while True:
             async with self._limit(limit_s, deadline - time.monotonic()):
                 exchange, deployment = await self._connected()
             if deployment.text is None:
                 raise BadInput(f"deployment {deployment.name!r} does not generate text", remedy="use `infer`")
             deployment.text.check(prompt, wanted)
-            request = next(self._requests)
-            pieces = exchange.generate(request, deployment.name, prompt, wanted, deadline, priority, stream)
+            text, rest = np.concatenate((prompt, np.array(came, prompt.dtype))), dataclasses.replace(wanted, answered=len(came))
+            pieces = exchange.generate(request, deployment.name, text, rest, deadline, priority, stream)
             try:
                 async with contextlib.aclosing(pieces):
                     while True:
@@ -215,14 +214,19 @@ class AsyncClient:
                             piece = await anext(pieces, None)
                         if piece is None:
                             return
-                        came = True
+                        came += piece
+                        lost = False
                         yield piece
             except Overloaded as busy:
                 wait_s = busy.retry_after_s or _RETRY_S
-                if not retry or came or time.monotonic() + wait_s >= deadline:
+                if not (lost or (retry and not came)) or time.monotonic() + wait_s >= deadline:
                     raise
             except Moved as moved:
-                moves, wait_s = await self._follow(moved, exchange, moves), 0.0
+                moves, wait_s, lost = await self._follow(moved, exchange, moves), 0.0, lost or bool(came)
+            except NodeUnavailable:
+                if self._closed or not await goes_on(exchange, deployment, self.address, self._open):
+                    raise
+                lost, wait_s = True, 0.0
             await asyncio.sleep(wait_s)
 
     # ------------------------------------------------------------------------------------------------------------ what is there
@@ -303,20 +307,22 @@ class AsyncClient:
         if self._deployment is None or not self._deployment.followers:
             return
         candidates = (self.address, *self._deployment.followers)
-        address = await find_ingress(candidates, self._deployment.name, lambda a: channel.open_channel(a, credentials=self._access))
+        address = await find_ingress(candidates, self._deployment.name, self._open)
         self._wanted = self._wanted or self._deployment.name  # a follower may serve others besides
         if address != self.address:
             self._leave_for(address)
 
     async def _pulse(self) -> None:
-        connection = channel.open_channel(self.address, credentials=self._access)
-        await pulse(connection, self.address, self._heartbeat, self._silence)
+        await pulse(self._open(self.address), self.address, self._heartbeat, self._silence)
 
     async def _describe(self, moves: int = 0) -> Deployment:
         with channel.translated(self.address):
             reply = await channel.stub(self._connection()).Describe(pb.DescribeRequest())
         try:
             return choose(reply, self._wanted, self.address)
+        except Overloaded as busy:  # it is being loaded from the node's disk, and will be there
+            await asyncio.sleep(busy.retry_after_s)
+            return await self._describe(moves)
         except Moved as moved:
             self._leave_for(_next_address(moved, moves))
             return await self._describe(moves + 1)
@@ -338,8 +344,11 @@ class AsyncClient:
 
     def _connection(self) -> grpc.aio.Channel:
         if self._channel is None:
-            self._channel = channel.open_channel(self.address, credentials=self._access)
+            self._channel = self._open(self.address)
         return self._channel
+
+    def _open(self, address: str) -> grpc.aio.Channel:
+        return channel.open_channel(address, credentials=self._access)
 
     @contextlib.asynccontextmanager
     async def _limit(self, limit_s: float, left_s: float | None = None) -> AsyncIterator[None]:

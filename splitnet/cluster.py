@@ -11,6 +11,7 @@ from typing import Any
 
 import tomli_w
 
+from splitnet.documents import save_document
 from splitnet.errors import BadCluster
 from splitnet.security.addresses import INSECURE, know_address
 
@@ -209,7 +210,7 @@ class Cluster:
         return tomli_w.dumps({**credentials, "nodes": [table(n) for n in self.nodes], "links": [table(link) for link in self.links]})
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_toml())
+        save_document(path, self.to_toml())
 
 
 def _tables(document: Mapping[str, Any], key: str) -> list[Any]:

@@ -24,7 +24,17 @@ from splitnet.decoder_architectures import CONFIG_KEYS, EMBEDDING, HEAD, LAYERS,
 from splitnet.errors import BadModel, BadShard
 from splitnet.tensors import TensorSpec
 
-__all__ = ["COMPUTE_DTYPES", "DECODER_MEMBER", "EMBEDDING_FORMATS", "WEIGHT_FORMATS", "DecoderSpec", "plain_config"]
+__all__ = [
+    "COMPUTE_DTYPES",
+    "DECODER_MEMBER",
+    "EMBEDDING_FORMATS",
+    "WEIGHT_FORMATS",
+    "DecoderSpec",
+    "hidden_size_of",
+    "plain_config",
+    "tied_in",
+    "vocabulary_of",
+]
 
 DECODER_MEMBER = "decoder.json"
 #: Of hidden states, caches, norms and biases.
@@ -69,16 +79,16 @@ class DecoderSpec:
 
     @property
     def hidden_size(self) -> int:
-        return int(self.config["hidden_size"])
+        return hidden_size_of(self.config)
 
     @property
     def vocabulary(self) -> int:
-        return int(self.config["vocab_size"])
+        return vocabulary_of(self.config)
 
     @property
     def tied(self) -> bool:
         """Whether head and embedding are one matrix."""
-        return bool(self.config.get("tie_word_embeddings", False))
+        return tied_in(self.config)
 
     @property
     def head_is_embedding(self) -> bool:
@@ -133,6 +143,19 @@ class DecoderSpec:
         if spec.to_bytes() != data:
             _fault(f"{place}: not in canonical form (sorted keys, no spaces, one line)")
         return spec
+
+
+def hidden_size_of(config: Mapping[str, Any]) -> int:
+    return int(config["hidden_size"])
+
+
+def vocabulary_of(config: Mapping[str, Any]) -> int:
+    return int(config["vocab_size"])
+
+
+def tied_in(config: Mapping[str, Any]) -> bool:
+    """Whether head and embedding are one matrix."""
+    return bool(config.get("tie_word_embeddings", False))
 
 
 def plain_config(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,14 +9,16 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from splitnet import wire
-from splitnet.errors import BadInput, Moved, NodeUnavailable, NotFound, NotPermitted
+from splitnet.errors import BadInput, Moved, NodeUnavailable, NotFound, NotPermitted, Overloaded
 from splitnet.generation import TextModel
 from splitnet.generations import FIRST, generation_key
+from splitnet.noise import Noise
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.tensors import TensorSpec
 
 __all__ = ["Deployment", "Inputs", "as_arrays", "choose"]
 
+_RESTORED_S = 0.5  # after which to ask again for what is being restored
 #: Arrays by name; or, for a model with one input, the array alone. An array is whatever `numpy.asarray` takes.
 Inputs: TypeAlias = Mapping[str, Any] | np.ndarray | Sequence[Any]
 
@@ -36,6 +38,7 @@ class Deployment:
     max_in_flight: int
     max_tensor_bytes: int
     text: TextModel | None = None
+    noise: Noise | None = None  # on what leaves that node for others: what each answer has cost of privacy
     followers: tuple[str, ...] = ()  # addresses of those that take over, one after the other, when the ingress is lost
 
 
@@ -43,7 +46,7 @@ def choose(reply: pb.DescribeReply, name: str, address: str) -> Deployment:
     """The deployment called `name`; without a name the one whose ingress the node is, if there is exactly one.
 
     Raises NotFound where there is none or the choice is the caller's, NotPermitted where another node takes the requests (Moved where that
-    was not always so), and NodeUnavailable where the node is about to go. `name` may be the key of one generation: NAME@2.
+    was not always so), NodeUnavailable where the node is about to go, and Overloaded where it was started again and is loading it. `name` may be the key of one generation: NAME@2.
     """
     if reply.draining:
         raise NodeUnavailable(
@@ -69,6 +72,13 @@ def choose(reply: pb.DescribeReply, name: str, address: str) -> Deployment:
         if len(entered_here) > 1 or (not entered_here and len(named) > 1):
             raise NotFound(f"several deployments are at {address}: {listed}", node=reply.name, remedy="say which: deployment=NAME")
         found = entered_here[0] if entered_here else next(iter(named.values()))
+    if found.state == "restoring":
+        raise Overloaded(
+            f"{found.name!r} is being loaded from the disk of the node at {address}, which was started again",
+            node=reply.name,
+            remedy="try again in a moment",
+            retry_after_s=_RESTORED_S,
+        )
     if found.moved_to and name not in pinned:
         raise Moved(
             f"requests for {found.name!r} go to another node now",
@@ -94,6 +104,7 @@ def choose(reply: pb.DescribeReply, name: str, address: str) -> Deployment:
         max_in_flight=max(1, found.max_in_flight),
         max_tensor_bytes=reply.max_tensor_bytes or wire.MAX_TENSOR_BYTES,
         followers=tuple(found.followers),
+        noise=Noise.from_message(found.noise) if found.HasField("noise") else None,
         text=TextModel.from_message(found.generating) if found.HasField("generating") else None,
     )
 

@@ -1,4 +1,4 @@
-"""Reading a document of ours from a file."""
+"""Documents of ours in files: read with an error that names the file, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from splitnet.errors import SplitnetError
+from splitnet.errors import SplitnetError, StorageFailure
+from splitnet.security.files import write_file
 
-__all__ = ["load_document"]
+__all__ = ["load_document", "save_document"]
 
 _T = TypeVar("_T")
 
@@ -25,3 +26,16 @@ def load_document(path: str | Path, parse: Callable[[bytes], _T], error: type[Sp
     except error as fault:
         fault.message = f"{path}: {fault.message}"
         raise
+
+
+def save_document(path: str | Path, text: str) -> None:
+    """Whoever is killed meanwhile, or finds the disk full, leaves what was there before. What is no file (/dev/stdout) is written to as it is. Raises
+    StorageFailure."""
+    place = Path(path).resolve()
+    if (place.exists() and not place.is_file()) or Path(path).parts[:2] in (("/", "dev"), ("/", "proc")):
+        try:
+            place.write_text(text)
+        except OSError as error:
+            raise StorageFailure(f"cannot write {str(path)!r}: {error.strerror}", remedy="choose another place") from error
+        return
+    write_file(place, text.encode(), private=False)

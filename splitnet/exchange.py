@@ -46,6 +46,7 @@ class Exchange:
     ) -> None:
         """`pulse`: raises SplitnetError once the node is gone, though the connection may not say so (`splitnet.heartbeat`)."""
         self.broken: SplitnetError | None = None
+        self.fell_silent = False  #: which is why it is broken; the node may be there
         self._address = address
         self._max_tensor_bytes = max_tensor_bytes
         self._answers: dict[str, _Answer | TokenAnswer] = {}
@@ -86,7 +87,7 @@ class Exchange:
         stream: TokenStream,
     ) -> AsyncGenerator[list[int], None]:
         """Sends a request to generate, and yields tokens as they come; `stream` hears how it ended. Errors and cancellation as with `ask`, and so is closing it."""
-        answer = TokenAnswer(wanted.max_new_tokens)
+        answer = TokenAnswer(wanted.max_new_tokens - wanted.answered)
         async with self._asked(request, deployment, answer, _frames(request, deployment, {PROMPT: prompt}, deadline, priority, wanted)):
             while tokens := await answer.some():
                 yield tokens
@@ -133,6 +134,7 @@ class Exchange:
         try:
             await pulse()
         except SplitnetError as error:
+            self.fell_silent = self.broken is None
             self._break(NodeUnavailable(error.message, remedy=error.remedy))
 
     # ---------------------------------------------------------------------------------------------------------------- sending
@@ -158,6 +160,8 @@ class Exchange:
         reason: SplitnetError = NodeUnavailable("the node ended the stream")
         try:
             while (message := await channel.read_frame(self._call, self._address)) is not None:
+                if not message.frame.request and message.frame.HasField("failure"):  # the node stops: this was the last of its answers
+                    raise channel.from_failure(message.frame.failure)
                 self._deliver(message)
         except Cancelled as error:  # the server went away: it was not this side that cancelled
             reason = NodeUnavailable(error.message)

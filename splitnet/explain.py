@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from splitnet.noise import Noise, noised_values
 from splitnet.plan import CLIENT, Plan, Prediction, StageSpec
 
 __all__ = ["bytes_text", "explain", "seconds_text", "table"]
@@ -53,6 +54,8 @@ def explain(plan: Plan) -> str:
         lines += ["", "held ready, to take over in this order", *held]
     if plan.transfers:
         lines += ["", "transfers", *table([("from", "to", "link", "tensors", "bytes", "codec"), *_transfers(plan)])]
+    if plan.noise is not None:
+        lines += ["", *_noise(plan, plan.noise)]
     if plan.prediction is not None:
         lines += ["", *_prediction(plan, plan.prediction)]
     return "\n".join(lines)
@@ -76,6 +79,18 @@ def _transfers(plan: Plan) -> list[tuple[str, ...]]:
         codec = transfer.codec + (f" (or {others}, as the link allows)" if others else "")
         rows.append((*ends, link, str(len(transfer.tensors)), bytes_text(transfer.bytes), codec))
     return rows
+
+
+def _noise(plan: Plan, noise: Noise) -> list[str]:
+    counts = (10, 100, 1000)
+    sums = ", ".join(f"{noise.epsilon_after(count):.3g} for {count}" for count in counts)
+    values = ", ".join(noised_values(plan))
+    return [
+        f"privacy of what leaves {plan.ingress.name} for other nodes: {noise.promise()}",
+        f"  noise       normal, deviation {noise.sigma:.4g} on every value of {values}; together clipped to a norm of {noise.clip_norm:g}",
+        f"  {noise.per}s that tell of the same person add up: epsilon {sums}",
+        "  it hides what a sample was from the other nodes, not shapes, times and how many there were; answers pass through them",
+    ]
 
 
 def _prediction(plan: Plan, predicted: Prediction) -> list[str]:
@@ -126,6 +141,9 @@ def _accuracy(plan: Plan, predicted: Prediction) -> str:
         for t in plan.transfers
         if node[t.source] != node[t.target] and t.codec not in exact
     ]
+    if plan.noise is not None:
+        with_noise = "not the whole model's answers: noise is added. `splitnet privacy` measures what that costs"
+        return with_noise + (f"; beside it {', '.join(dict.fromkeys(lossy))}" if lossy else "")
     if not lossy:
         return ""
     if predicted.loss_of:

@@ -28,6 +28,8 @@ def explain_generation(plan: Plan, generation: Generation) -> str:
             ]
         ),
     ]
+    if held := [f"  {s.name}: {', '.join(s.replicas)}" for s in plan.stages if s.replicas]:
+        lines += ["", "held ready, to take over in this order", *held]
     inner = [t for t in plan.transfers if CLIENT not in (t.source, t.target)]
     if inner:
         node = {stage.name: stage.node for stage in plan.stages}

@@ -8,14 +8,17 @@ from collections.abc import Callable, Sequence
 import grpc.aio
 
 from splitnet import channel
+from splitnet.deployment import Deployment
 from splitnet.errors import ServiceError
+from splitnet.exchange import Exchange
 from splitnet.rpc.v1 import node_pb2 as pb
 
-__all__ = ["find_ingress"]
+__all__ = ["find_ingress", "goes_on"]
 
 _ASK_S = 0.5  # of a node that may be gone
 _PAUSE_S = 0.05
 _MOST = 16  # addresses to ask
+_SILENT_S = 1.0  # an ingress that says nothing may be back
 
 
 async def find_ingress(addresses: Sequence[str], name: str, connect: Callable[[str], grpc.aio.Channel]) -> str:
@@ -43,6 +46,19 @@ async def find_ingress(addresses: Sequence[str], name: str, connect: Callable[[s
             await asyncio.sleep(_PAUSE_S)
     finally:
         await asyncio.gather(*(opened.close() for opened in channels.values()))
+
+
+async def goes_on(exchange: Exchange, deployment: Deployment, address: str, connect: Callable[[str], grpc.aio.Channel]) -> bool:
+    """Whether a request that was under way can be asked again: elsewhere, or of an ingress that fell silent and is back soon (a false alarm on a busy box). Not where the
+    ingress itself has said that it cannot, or is gone and nobody follows it."""
+    if exchange.broken is None or deployment.followers or not exchange.fell_silent:
+        return exchange.broken is not None and bool(deployment.followers)
+    try:
+        async with asyncio.timeout(_SILENT_S):
+            await find_ingress((address,), deployment.name, connect)
+    except TimeoutError:
+        return False
+    return True
 
 
 async def _ask(address: str, opened: grpc.aio.Channel, name: str) -> tuple[str, str]:

@@ -29,7 +29,7 @@ class GenerateRequest:
     """`temperature` 0 is greedy: the most likely token, the lowest id of several. Otherwise a token is drawn among the `top_k` most likely (0: all), of which the
     fewest are kept whose probabilities together reach `top_p`. `repetition_penalty`: Keskar et al. 2019 (CTRL), as in transformers. The same `seed` draws the
     same tokens. Each sequence in `stop` ends the text, so do the model's own ends unless `ignore_eos`; what ended it is part of the answer, as in
-    transformers. Raises BadInput that names the field."""
+    transformers. `answered`: so many tokens at the end of the prompt are of this very answer, which goes on after them. Raises BadInput that names the field."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -39,9 +39,11 @@ class GenerateRequest:
     seed: int = 0
     stop: tuple[tuple[int, ...], ...] = ()
     ignore_eos: bool = False
+    answered: int = 0
 
     def __post_init__(self) -> None:
         _whole("max_new_tokens", self.max_new_tokens, 1, _MAX_TOKENS)
+        _whole("answered", self.answered, 0, self.max_new_tokens - 1)
         _whole("top_k", self.top_k, 0, _LARGEST_ID)
         _whole("seed", self.seed, 0, (1 << 64) - 1)
         _number("temperature", self.temperature, 0 <= self.temperature <= 100, "from 0 (greedy) to 100")
@@ -90,6 +92,7 @@ class GenerateRequest:
             seed=self.seed,
             stop=[pb.TokenSequence(tokens=sequence) for sequence in self.stop],
             ignore_eos=self.ignore_eos,
+            answered=self.answered,
         )
 
     @classmethod
@@ -104,6 +107,7 @@ class GenerateRequest:
             message.seed,
             tuple(tuple(sequence.tokens) for sequence in message.stop),
             message.ignore_eos,
+            message.answered,
         )
 
 
@@ -141,16 +145,20 @@ class TextModel:
                 f"the prompt holds token id {wrong}; the vocabulary has the ids 0 to {self.vocabulary - 1}",
                 remedy="use the tokenizer of the model that is deployed",
             )
-        room = min(self.context_length, self.cache_tokens)
-        if prompt.size >= room:
+        if wanted.answered >= prompt.size:
             raise BadInput(
-                f"the prompt has {prompt.size} tokens, the deployment's context holds {room}, and one token must follow",
+                f"answered: {wanted.answered} of {prompt.size} tokens; one at least is the prompt's", remedy="send the prompt before them"
+            )
+        room, own = min(self.context_length, self.cache_tokens), prompt.size - wanted.answered
+        if own >= room:
+            raise BadInput(
+                f"the prompt has {own} tokens, the deployment's context holds {room}, and one token must follow",
                 remedy="send a shorter prompt, or plan with a larger --context",
             )
-        if prompt.size + wanted.max_new_tokens > room:
+        if own + wanted.max_new_tokens > room:
             raise BadInput(
-                f"max_new_tokens: {wanted.max_new_tokens} after a prompt of {prompt.size} tokens are more than the deployment's context of {room}",
-                remedy=f"ask for at most {room - prompt.size}, or plan with a larger --context",
+                f"max_new_tokens: {wanted.max_new_tokens} after a prompt of {own} tokens are more than the deployment's context of {room}",
+                remedy=f"ask for at most {room - own}, or plan with a larger --context",
             )
 
 

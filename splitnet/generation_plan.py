@@ -53,6 +53,7 @@ class Generation:
         default_factory=dict
     )  #: by format of weights, where it was measured; "" is the model as it is stored
     perplexity_of: str = ""  #: on what
+    draft: str = ""  #: the deployment of a small model on the first stage's node that guesses what comes next; "": none
 
     def __post_init__(self) -> None:
         for name in ("context_length", "sessions", "vocabulary"):

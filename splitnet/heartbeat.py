@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Heartbeat", "Silence", "pulse", "until_silent"]
 
-_LATE_TIMES = 2.5  # of the worst lateness lately: as late again, and half of that
+_LATE_TIMES = 2.0  # of the worst lateness lately: as late again
 _FADE_S = 30.0  # a lateness this long ago counts 1/e
 _TICK_LATE_S = 0.02  # a timer that fires this much late says that this side was held up
 _FIRST_BEAT_S = 3.0  # until then connecting may take; afterwards the patience holds
@@ -40,8 +40,8 @@ class Heartbeat:
     """`period_s`: how often both sides say that they are there; 0: never. `patience_s`: after how long a silence the other side is
     taken for gone, on a steady link; on one that is not, up to `most_s`. Raises BadInput."""
 
-    period_s: float = 0.1
-    patience_s: float = 0.4
+    period_s: float = 0.15
+    patience_s: float = 0.45
     most_s: float = 4.0
 
     def __post_init__(self) -> None:
@@ -60,7 +60,8 @@ class Silence:
 
     def __init__(self, heartbeat: Heartbeat) -> None:
         self._heartbeat = heartbeat
-        self._heard_s = math.inf
+        self._heard_s = math.inf  # anything
+        self._beat_s = math.inf  # a beat
         self._worst_s = 0.0
         self._worst_at_s = 0.0
         self.heard_once = False  #: on this connection
@@ -68,17 +69,23 @@ class Silence:
 
     def begin(self, now_s: float, grace_s: float = 0.0) -> None:
         """A new connection; `grace_s`: what it may take beyond the patience until the first beat."""
-        self._heard_s = now_s + grace_s
+        self._heard_s = self._beat_s = now_s + grace_s
         self.heard_once = False
         self.round_trip_s = math.inf
 
     def heard(self, now_s: float) -> None:
-        self._learn(now_s - self._heard_s - self._heartbeat.period_s, now_s)
-        self._heard_s, self.heard_once = now_s, True
+        self._learn(now_s - self._beat_s - self._heartbeat.period_s, now_s)
+        self._heard_s = self._beat_s = now_s
+        self.heard_once = True
+
+    def alive(self, now_s: float) -> None:
+        """Something else came from the other side: it is there, whatever keeps its beats. Nothing is learnt from it about them."""
+        self._heard_s = max(self._heard_s, now_s)
 
     def held_up(self, by_s: float) -> None:
         """This side could not listen for so long."""
         self._heard_s += by_s
+        self._beat_s += by_s
 
     def false_alarm(self, now_s: float) -> None:
         """The other was there all the time: twice the patience from now on."""

@@ -9,7 +9,7 @@ import asyncio
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from splitnet import background
@@ -33,12 +33,15 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 
 @dataclass(frozen=True, slots=True)
 class Deployed:
-    """`sent_bytes` per node: what crossed the network (0 where the node had it all). `load_s` per node: reading the shards there."""
+    """`sent_bytes` per node: what was sent from here (0 where the node had it all). `load_s` per node: reading the shards there. `taken_bytes` per node: what it took from
+    other nodes that had it; `not_taken`: why it could not, where it was sent from here instead."""
 
     name: str
     ingress: str  # the address for splitnet.Client
     sent_bytes: Mapping[str, int]
     load_s: Mapping[str, float]
+    taken_bytes: Mapping[str, int] = field(default_factory=dict)
+    not_taken: tuple[str, ...] = ()
 
 
 def default_name(model: str) -> str:
@@ -75,7 +78,14 @@ async def deploy_async(
     installation = Installation(plan, name, opened, on_progress, generation=generation)
     sent = await installation.ship_all(concurrency)
     load_s = await installation.activate_all(already=served)
-    return Deployed(name, plan.ingress.address, sent, load_s)
+    return Deployed(
+        name,
+        plan.ingress.address,
+        {node: carried.sent_bytes for node, carried in sent.items()},
+        load_s,
+        {node: carried.taken_bytes for node, carried in sent.items()},
+        tuple(f"node {node!r}: {failure}" for node, carried in sent.items() for failure in carried.failures),
+    )
 
 
 async def undeploy_async(where: Plan | Cluster, name: str = "", *, drain_s: float = 5.0, delete_blobs: bool = False) -> list[str]:
@@ -97,7 +107,7 @@ async def undeploy_async(where: Plan | Cluster, name: str = "", *, drain_s: floa
     if silent:
         raise NodeUnavailable(
             f"deployment {name!r} may still be on " + "; ".join(f"node {s.name!r}: {s.error}" for s in silent),
-            remedy="unload it again when these nodes are back; a node that restarted holds no deployment",
+            remedy="unload it again when these nodes are back; a node that is started again while the others answer does not bring it back",
         )
     if not holders:
         there = sorted({d.name for status in statuses for d in status.deployments})

@@ -7,16 +7,15 @@ from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import grpc.aio
-
 from splitnet.channel import open_channel, stub, translated
 from splitnet.errors import NotFound, ServiceError, SplitnetError
 from splitnet.generations import FIRST
+from splitnet.peers import Carried, Carrier
 from splitnet.plan import NodeRef, Plan
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.security.credentials import shard_signatures
 from splitnet.shard import Shard
-from splitnet.shipping import shard_blobs, ship
+from splitnet.shipping import shard_blobs
 
 __all__ = ["Installation", "OnProgress", "Progress", "all_done", "raise_first", "switch_node", "unload_node", "used_nodes"]
 
@@ -72,21 +71,20 @@ class Installation:
         self._total_bytes = sum(blob.size_bytes for blobs in self._blobs.values() for blob in blobs)
         self._held_bytes = 0
 
-    async def ship_all(self, concurrency: int) -> dict[str, int]:
-        slots = asyncio.Semaphore(max(1, concurrency))
+    async def ship_all(self, concurrency: int) -> dict[str, Carried]:
+        """What a node of the plan holds, or has been sent, the others take from it."""
+        slots, carrier = asyncio.Semaphore(max(1, concurrency)), Carrier(self._plan.nodes)
+        await carrier.ask(self._blobs)
 
-        async def one(node: NodeRef) -> int:
+        async def one(node: NodeRef) -> Carried:
+            def moved(more_bytes: int) -> None:
+                self._held_bytes += more_bytes
+                self.report("ship", node)
+
             async with slots, open_channel(node.address) as channel:
-                return await self._ship_node(node, channel)
+                return await carrier.bring(node, channel, self._blobs[node.name], moved)
 
         return await all_done({node.name: one(node) for node in self._nodes})
-
-    async def _ship_node(self, node: NodeRef, channel: grpc.aio.Channel) -> int:
-        def moved(more_bytes: int) -> None:
-            self._held_bytes += more_bytes
-            self.report("ship", node)
-
-        return sum([await ship(channel, node.address, blob, moved) for blob in self._blobs[node.name]])
 
     async def activate_all(self, already: Collection[str] = ()) -> dict[str, float]:
         """The ingress comes last: whoever reaches it finds the others ready. `already`: addresses of the nodes that have this very generation;
@@ -117,7 +115,7 @@ class Installation:
         return float(reply.load_s)
 
     async def _take_back(self, nodes: Sequence[NodeRef]) -> None:
-        """Best effort: the error that led here is the one to tell. A node that cannot be reached now holds nothing after its restart."""
+        """Best effort: the error that led here is the one to tell. A node that cannot be reached now asks the others after its restart."""
         await asyncio.gather(*(unload_node(n.address, self._name, generation=self._generation) for n in nodes), return_exceptions=True)
 
     def report(self, phase: str, node: NodeRef) -> None:
@@ -136,9 +134,9 @@ async def unload_node(address: str, name: str, drain_s: float = 0.0, *, generati
             return 0
 
 
-async def switch_node(address: str, name: str, generation: int, share: float, ingress: str, *, keep: bool) -> None:
+async def switch_node(address: str, name: str, generation: int, share: float, ingress: str, *, keep: bool, term: int = 0) -> None:
     """See `Families.switch` of the nodes."""
-    request = pb.SwitchRequest(deployment=name, generation=generation, share=share, ingress_address=ingress, keep=keep)
+    request = pb.SwitchRequest(deployment=name, generation=generation, share=share, ingress_address=ingress, keep=keep, term=term)
     async with open_channel(address) as channel:
         with translated(address):
             await stub(channel).Switch(request, timeout=_SWITCH_S)

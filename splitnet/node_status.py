@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,11 +12,22 @@ from splitnet.channel import open_channel, stub, translated
 from splitnet.cluster import Cluster, ClusterNode
 from splitnet.errors import BadPlan, ProtocolError, ServiceError
 from splitnet.generations import FIRST
+from splitnet.noise import Noise
 from splitnet.plan import NodeRef, Plan
 from splitnet.rpc.v1 import node_pb2 as pb
 from splitnet.security.addresses import know_address
 
-__all__ = ["CodecInUse", "DeploymentStatus", "Event", "LinkStatus", "NodeStatus", "StageStatus", "describe_node", "status_of"]
+__all__ = [
+    "CodecInUse",
+    "DeploymentStatus",
+    "Event",
+    "GenerationStatus",
+    "LinkStatus",
+    "NodeStatus",
+    "StageStatus",
+    "describe_node",
+    "status_of",
+]
 
 DESCRIBE_TIMEOUT_S = 10.0
 
@@ -69,9 +81,43 @@ class CodecInUse:
 
 
 @dataclass(frozen=True, slots=True)
+class GenerationStatus:
+    """Of a decoder model, at its ingress. Slots hold one token of one session each, on every stage; `free_tokens` are not promised to a live session. Counts are since
+    activation: `drafted_tokens` were guessed, `accepted_tokens` of these right. `ttft_s` and `tpot_s` are medians of the latest answers, 0 where there were none;
+    `tokens_per_s` is of all sessions, over the last ten seconds."""
+
+    context_length: int
+    cache_tokens: int
+    free_tokens: int
+    kv_bytes_per_token: int  # of all stages together
+    sessions: int
+    kept: int
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    passes: int
+    passes_in_flight: int
+    drafted_tokens: int
+    accepted_tokens: int
+    answers: int
+    ttft_s: float
+    tpot_s: float
+    tokens_per_s: float
+
+    @property
+    def used_bytes(self) -> int:
+        """Of all caches, promised to live sessions."""
+        return (self.cache_tokens - self.free_tokens) * self.kv_bytes_per_token
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.cache_tokens * self.kv_bytes_per_token
+
+
+@dataclass(frozen=True, slots=True)
 class DeploymentStatus:
     """One generation of a deployment on one node. `state`: "active", "canary" (takes `share` of the new requests), "loaded" (takes none yet),
-    "kept" (to go back to), "draining"; or "moved": it was here, and requests go to `moved_to`. `shards` of this node's stages and `plan_json` are
+    "kept" (to go back to), "draining"; "restoring": it was here before the node was started again, and will be; or "moved": it was here, and requests go to `moved_to`. `shards` of this node's stages and `plan_json` are
     there where they were asked for."""
 
     name: str
@@ -89,8 +135,14 @@ class DeploymentStatus:
     answered: int = 0  # at the ingress, since activation
     unanswered: int = 0  # failed, cancelled, or out of time
     moved_to: str = ""
+    term: int = 0  # counts the switches
+    exclusive: bool = False  # has the node's threads for itself
+    sessions: int = 0  # requests at once that it has reserved
     plan_json: str = ""
     shards: Mapping[str, str] = field(default_factory=dict)
+    generating: GenerationStatus | None = None  # at the ingress of a decoder model
+    noise: Noise | None = None  # on what leaves the ingress for other nodes
+    released: int = 0  # with it, at the ingress, since activation
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +173,8 @@ class NodeStatus:
     memory_limit_bytes: int = 0  # 0: no limit
     memory_used_bytes: int = 0  # what the active stages reserved
     process_memory_bytes: int = 0
+    sessions_limit: int = 0  # requests at once that deployments may reserve; 0: no limit
+    sessions_reserved: int = 0
     uptime_s: float = 0.0
     draining: bool = False
     insecure: bool = False  # plaintext on an address that is not loopback
@@ -130,7 +184,7 @@ class NodeStatus:
 
     def deployment(self, name: str) -> DeploymentStatus | None:
         """The generation of that name that takes the requests, or another one that is here."""
-        return next((d for d in self.generations(name) if d.state != "moved"), None)
+        return next((d for d in self.generations(name) if d.state not in ("moved", "restoring")), None)
 
     def generations(self, name: str) -> tuple[DeploymentStatus, ...]:
         """All of that name, the active one first, and the word on where it has gone."""
@@ -179,6 +233,8 @@ def _from_reply(name: str, address: str, reply: pb.DescribeReply) -> NodeStatus:
         memory_limit_bytes=reply.memory_limit_bytes,
         memory_used_bytes=reply.memory_used_bytes,
         process_memory_bytes=reply.process_memory_bytes,
+        sessions_limit=reply.sessions_limit,
+        sessions_reserved=reply.sessions_reserved,
         uptime_s=reply.uptime_s,
         draining=reply.draining,
         insecure=reply.insecure,
@@ -237,9 +293,29 @@ def _deployment(status: pb.DeploymentStatus) -> DeploymentStatus:
         answered=status.answered,
         unanswered=status.unanswered,
         moved_to=status.moved_to,
+        term=status.term,
+        exclusive=status.exclusive,
+        sessions=status.sessions,
         plan_json=status.plan_json.decode(errors="replace"),
         shards=dict(status.shards),
+        generating=_generating(status.generating) if status.HasField("generating") else None,
+        noise=_noise(status),
+        released=status.noise.released,
     )
+
+
+def _noise(status: pb.DeploymentStatus) -> Noise | None:
+    """Raises ProtocolError for what cannot be."""
+    try:
+        return Noise.from_message(status.noise) if status.HasField("noise") else None
+    except BadPlan as error:
+        raise ProtocolError(
+            f"deployment {status.name!r}: {error.message}", remedy="run the same version of splitnet on both sides"
+        ) from None
+
+
+def _generating(status: pb.GenerationStatus) -> GenerationStatus:
+    return GenerationStatus(**{f.name: getattr(status, f.name) for f in dataclasses.fields(GenerationStatus)})
 
 
 def _batching(status: pb.DeploymentStatus) -> Batching:

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from splitnet.batching import BatchAxes, Batching, find_batch_axes
-from splitnet.documents import load_document
-from splitnet.errors import BadPlan
+from splitnet.documents import load_document, save_document
+from splitnet.errors import BadInput, BadPlan
 from splitnet.generation_plan import Generation
+from splitnet.noise import Noise, check_noise
 from splitnet.tensors import TensorSpec
 
 __all__ = ["CLIENT", "PLAN_VERSION", "Alternative", "CodecOption", "NodeRef", "OutputSpec", "Plan", "Prediction", "StageSpec", "Transfer"]
@@ -134,8 +135,10 @@ class Plan:
     prediction: Prediction | None = None
     profile_sha256: str = ""
     max_in_flight: int = 16
+    exclusive: bool = False  # has its nodes' threads for itself: a node takes no other deployment beside it
     batching: Batching = field(default_factory=Batching)
     generation: Generation | None = None  # of a decoder language model whose stages keep caches
+    noise: Noise | None = None  # on all that leaves the first stage for the others
     version: int = PLAN_VERSION
 
     def __post_init__(self) -> None:
@@ -190,6 +193,23 @@ class Plan:
         """The same plan with codecs that stay as they are."""
         return dataclasses.replace(self, transfers=tuple(dataclasses.replace(t, codecs=()) for t in self.transfers))
 
+    def with_draft(self, draft: str) -> Plan:
+        """The same plan with a small model's deployment that guesses for it. Raises BadInput for a plan that does not generate."""
+        if self.generation is None:
+            raise BadInput("--draft is for models that generate", remedy="leave it away")
+        return dataclasses.replace(self, generation=dataclasses.replace(self.generation, draft=draft))
+
+    @property
+    def sessions(self) -> int:
+        """What it reserves of its nodes: requests at once; of a decoder model, sessions of full length."""
+        return self.max_in_flight if self.generation is None else self.generation.sessions
+
+    def reserving(self, sessions: int, *, exclusive: bool) -> Plan:
+        """The same plan that reserves so much of its nodes. Raises BadPlan."""
+        if self.generation is None:
+            return dataclasses.replace(self, max_in_flight=sessions, exclusive=exclusive)
+        return dataclasses.replace(self, generation=dataclasses.replace(self.generation, sessions=sessions), exclusive=exclusive)
+
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
@@ -198,6 +218,10 @@ class Plan:
         document = dataclasses.asdict(self)
         if self.generation is None:  # such plans read, and hash, as before there was this section
             del document["generation"]
+        if not self.exclusive:
+            del document["exclusive"]
+        if self.noise is None:
+            del document["noise"]
         return json.dumps(document, indent=1, sort_keys=True) + "\n"
 
     @classmethod
@@ -220,7 +244,8 @@ class Plan:
         return read_plan(document)
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_json())
+        """Whole or not at all. Raises StorageFailure."""
+        save_document(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -297,6 +322,7 @@ def _check(plan: Plan) -> None:
         missing = sorted(awaited[target] - set(tensors))
         if missing:
             raise BadPlan(f"nothing sends {missing[0]!r} to {target or 'the client'!r}")
+    check_noise(plan)
 
 
 def _check_generation(plan: Plan, generation: Generation) -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from splitnet.batching import Batching
 from splitnet.errors import BadInput, BadPlan
 from splitnet.generation_plan import Expected, Generation
+from splitnet.noise import Noise
 from splitnet.plan import Alternative, CodecOption, NodeRef, OutputSpec, Plan, Prediction, StageSpec, Transfer
 from splitnet.tensors import TensorSpec
 
@@ -40,6 +41,7 @@ class _Reader:
             outputs=lambda v, p: self._each(v, p, OutputSpec, spec=self._spec),
             batching=lambda v, p: self._make(Batching, v, p),
             generation=lambda v, p: None if v is None else self._generation(v, p),
+            noise=lambda v, p: None if v is None else self._make(Noise, v, p),
             prediction=lambda v, p: None if prediction is None else self._make(
                 Prediction, v, p, memory_bytes=self._figures, bytes_per_link=self._figures, symbols=self._figures,
                 alternatives=lambda w, q: self._each(w, q, Alternative),

@@ -19,6 +19,7 @@ from splitnet.batching import Batching
 from splitnet.cluster import Cluster
 from splitnet.errors import BadInput, BadPlan, InsufficientMemory, NodeUnavailable, NotFound, SplitnetError
 from splitnet.installation import Installation, OnProgress, all_done, switch_node, unload_node, used_nodes
+from splitnet.noise import Noise
 from splitnet.plan import NodeRef, Plan
 from splitnet.preflight import missing_memory, open_shards
 from splitnet.shard import Shard
@@ -35,7 +36,7 @@ Shards = Mapping[str, Shard | str | Path] | str | Path
 class Updated:
     """`generation` takes `share` of the new requests now; `before` was active until then (and still is, with a share below 1). `kept`: what
     `go_back` would go back to; 0: nothing. `cancelled`: requests that were not done within the time to drain. `changed`: False where it
-    was so already."""
+    was so already. `sent_bytes`, `taken_bytes`, `load_s`: as of `Deployed`."""
 
     name: str
     ingress: str
@@ -47,6 +48,7 @@ class Updated:
     load_s: Mapping[str, float] = field(default_factory=dict)
     cancelled: int = 0
     changed: bool = True
+    taken_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 async def update_async(
@@ -84,7 +86,8 @@ async def update_async(
     if work.there is work.active:
         return Updated(name, plan.ingress.address, work.active.number, work.active.number, kept=work.kept_number(), changed=False)
     spared = work.spared_for_memory(replace)
-    return await work.replaced(concurrency) if spared is None else await work.run(concurrency, spared)
+    updated = await (work.replaced(concurrency) if spared is None else work.run(concurrency, spared))
+    return dataclasses.replace(updated, taken_bytes=work.taken_bytes)
 
 
 async def go_back_async(where: Cluster | Plan, name: str, *, drain_s: float = DRAIN_S) -> Updated:
@@ -144,6 +147,7 @@ class _Update:
         self.on_progress = on_progress
         self.active = survey.require_active()
         self.there = self.active if self.active.plan.sha256 == plan.sha256 else survey.of_plan(plan)
+        self.taken_bytes: dict[str, int] = {}
         self.number = survey.next_number if self.there is None else self.there.number
 
     def kept_number(self) -> int:
@@ -166,6 +170,7 @@ class _Update:
             )
         if not force:
             _check_signature(self.active.plan, self.plan)
+            _check_noise(self.active.plan.noise, self.plan.noise)
         if self.share < 1 and self.plan.ingress.address != self.active.plan.ingress.address:
             raise BadInput(
                 f"requests for {name!r} enter at node {self.active.plan.ingress.name!r}, the new plan's at {self.plan.ingress.name!r}: a canary must share the ingress",
@@ -203,7 +208,7 @@ class _Update:
         for generation in spared:
             await _take_off(survey, generation, 0.0)
         installation = Installation(self.plan, name, self.shards, self.on_progress, generation=self.number, wait=True)
-        sent = await installation.ship_all(concurrency)
+        sent = await self._ship(installation, concurrency)
         load_s = await installation.activate_all(already=self.there.holders if self.there is not None else ())
         new = Generation(self.number, self.plan, "loaded", 0.0, {}, frozenset(n.address for n in used_nodes(self.plan)))
         installation.report("switch", self.plan.ingress)
@@ -221,11 +226,16 @@ class _Update:
         kept = self.survey.in_state("kept")
         return kept.number if kept is not None and kept not in spared else 0
 
+    async def _ship(self, installation: Installation, concurrency: int) -> dict[str, int]:
+        carried = await installation.ship_all(concurrency)
+        self.taken_bytes = {node: one.taken_bytes for node, one in carried.items()}
+        return {node: one.sent_bytes for node, one in carried.items()}
+
     async def replaced(self, concurrency: int) -> Updated:
         """The old one goes before the new one comes. Where that fails, the old one is put back."""
         survey, name = self.survey, self.survey.name
         installation = Installation(self.plan, name, self.shards, self.on_progress, generation=self.number)
-        sent = await installation.ship_all(concurrency)
+        sent = await self._ship(installation, concurrency)
         installation.report("drain", self.active.plan.ingress)
         cancelled = 0
         for generation in sorted(survey.generations.values(), key=lambda g: g is self.active):
@@ -249,28 +259,30 @@ async def _switch(survey: Survey, generation: Generation, share: float, *, keep:
     requests back to it."""
     active, name = survey.require_active(), survey.name
     new, old = generation.plan.ingress.address, active.plan.ingress.address
-    tell = _teller(name, generation.number, share, new, keep)
+    tell = _teller(name, generation.number, share, new, keep, survey.next_term)
     await tell(new)
     if old != new and not survey.statuses[old].error:
         try:
             await tell(old)
         except SplitnetError:
-            await asyncio.gather(switch_node(new, name, active.number, 1.0, old, keep=False), return_exceptions=True)
+            await asyncio.gather(
+                switch_node(new, name, active.number, 1.0, old, keep=False, term=survey.next_term + 1), return_exceptions=True
+            )
             raise
     others = {*survey.concerned, *generation.holders} - {new, old}
     await asyncio.gather(*(tell(address) for address in sorted(others)), return_exceptions=True)
 
 
-def _teller(name: str, number: int, share: float, ingress: str, keep: bool) -> Callable[[str], Coroutine[Any, Any, None]]:
+def _teller(name: str, number: int, share: float, ingress: str, keep: bool, term: int) -> Callable[[str], Coroutine[Any, Any, None]]:
     def tell(address: str) -> Coroutine[Any, Any, None]:
-        return switch_node(address, name, number, share, ingress, keep=keep)
+        return switch_node(address, name, number, share, ingress, keep=keep, term=term)
 
     return tell
 
 
 async def _take_off(survey: Survey, generation: Generation, drain_s: float) -> int:
     """From the nodes that hold it, its ingress first: when that has nothing in flight any more, the others have nothing to come. How many
-    requests had to be cancelled. A node that does not answer holds nothing once it was started again."""
+    requests had to be cancelled. A node that does not answer asks the others once it was started again."""
     ingress = generation.plan.ingress.address
     held = sorted(a for a in generation.holders if not survey.statuses[a].error)
     cancelled = 0
@@ -297,6 +309,15 @@ def _check_signature(old: Plan, new: Plan) -> None:
                 f"the {what} of the new plan are {', '.join(_faces(after))}; those of the one that serves are {', '.join(_faces(before))}",
                 remedy="deploy it under another name; or --force, where all clients expect the new ones: they must connect again",
             )
+
+
+def _check_noise(old: Noise | None, new: Noise | None) -> None:
+    if old is not None and new != old:
+        raise BadPlan(
+            f"what leaves the first node is {old.promise()}; by the new plan it would be {'without noise' if new is None else new.promise()}"
+            + ("" if new is None else f" with norms up to {new.clip_norm:g} (now {old.clip_norm:g})"),
+            remedy="plan with the same noise; or --force, where nobody relies on it",
+        )
 
 
 def _faces(specs: Sequence[TensorSpec]) -> list[str]:

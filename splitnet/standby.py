@@ -38,10 +38,12 @@ def followers(plan: Plan) -> tuple[str, ...]:
     return plan.stages[0].replicas
 
 
-def with_standbys(plan: Plan, room_bytes: Mapping[str, float], needs_bytes: Mapping[str, int], replicas: int = 1) -> Plan:
+def with_standbys(
+    plan: Plan, room_bytes: Mapping[str, float], needs_bytes: Mapping[str, int], replicas: int = 1, without: Collection[str] = ()
+) -> Plan:
     """The plan with so many replicas of every stage, each on the node with the most room left that does not serve the stage itself.
     `room_bytes`: per node, what the plan leaves free (math.inf where there is no limit); it may name nodes that the plan lists and does not use.
-    `needs_bytes`: per stage. Raises BadPlan where it makes no sense, NoPlan where the memory does not suffice, saying how much is missing."""
+    `needs_bytes`: per stage; stages in `without` get none. Raises BadPlan where it makes no sense, NoPlan where the memory does not suffice, saying how much is missing."""
     if replicas < 0 or replicas >= len(plan.nodes):
         raise BadPlan(
             f"{replicas} replicas of every stage need {replicas + 1} nodes, the plan lists {len(plan.nodes)}",
@@ -50,7 +52,7 @@ def with_standbys(plan: Plan, room_bytes: Mapping[str, float], needs_bytes: Mapp
     room = {node.name: room_bytes.get(node.name, 0) for node in plan.nodes}
     chosen: dict[str, tuple[str, ...]] = {}
     for stage in sorted(plan.stages, key=lambda stage: -needs_bytes[stage.name]):  # the largest has the fewest places
-        chosen[stage.name] = _places(stage, room, needs_bytes[stage.name], replicas)
+        chosen[stage.name] = _places(stage, room, needs_bytes[stage.name], 0 if stage.name in without else replicas)
     return dataclasses.replace(plan, stages=tuple(dataclasses.replace(s, replicas=chosen[s.name]) for s in plan.stages))
 
 

@@ -61,6 +61,11 @@ class Survey:
         known = (d.generation for status in self.statuses.values() for d in status.generations(self.name))
         return max(known, default=0) + 1
 
+    @property
+    def next_term(self) -> int:
+        """Of the next switch: see `Families.switch` of the nodes."""
+        return max((d.term for status in self.statuses.values() for d in status.generations(self.name)), default=0) + 1
+
     def require_active(self) -> Generation:
         """Raises NotFound where nothing of that name takes requests."""
         if (active := self.active) is not None:

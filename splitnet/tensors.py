@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from splitnet.errors import BadInput
+from splitnet.errors import BadInput, InsufficientMemory
 
 __all__ = ["DTYPES", "TensorSpec", "aligned_empty", "dtype_name", "numpy_dtype"]
 
@@ -39,8 +39,14 @@ def dtype_name(dtype: np.dtype) -> str:
 
 
 def aligned_empty(size_bytes: int) -> np.ndarray:
-    """An uninitialised uint8 array of that many bytes that starts on a 64-byte boundary."""
-    buffer = np.empty(size_bytes + _ALIGNMENT_BYTES, np.uint8)
+    """An uninitialised uint8 array of that many bytes that starts on a 64-byte boundary. Raises InsufficientMemory where the system has no more."""
+    try:
+        buffer = np.empty(size_bytes + _ALIGNMENT_BYTES, np.uint8)
+    except MemoryError:
+        raise InsufficientMemory(
+            f"this process gets no memory for a tensor of {size_bytes} bytes",
+            remedy="send smaller batches, put fewer stages on this box, or give its node a --buffer that the box has",
+        ) from None
     start = -buffer.ctypes.data % _ALIGNMENT_BYTES
     return buffer[start : start + size_bytes]
 

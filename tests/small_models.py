@@ -21,7 +21,11 @@ from splitnet.cluster import Cluster
 from splitnet.plan import NodeRef, Plan, StageSpec
 from splitnet.shard import Shard
 
-__all__ = ["Split", "at_rest", "captured", "chain", "diamond", "fragile", "slow", "split", "stages_by"]
+__all__ = ["Split", "at_rest", "captured", "chain", "diamond", "fragile", "same", "slow", "split", "stages_by"]
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
 
 
 class Chain(torch.nn.Module):

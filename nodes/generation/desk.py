@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from nodes.calls import Call, Carrier
 from nodes.deployment import Deployment
+from nodes.generation.companion import Companion, Lender
 from nodes.generation.generator import Generator
 from nodes.generation.session import Session
 from nodes.ledger import Ledger
@@ -25,9 +28,12 @@ _LONGEST_UNREAD_S = 30.0  # that it may take none while there are some
 class _Writing:
     """One call's answer, on its way to the client. Tokens that come while others are being sent go together with the next ones: there is one parcel at a time."""
 
-    def __init__(self, session: Session, generator: Generator) -> None:
+    def __init__(self, session: Session, generator: Generator, began_s: float) -> None:
         self.session = session
         self.generator = generator
+        self.began_s = began_s
+        self.first_s = 0.0  # when its first token came
+        self.tokens = 0  # that have come after its first ones
         self.unsent: list[int] = []
         self.since_s: float | None = None  # when the parcel that is being sent was made
         self.said: pb.Generated | None = None  # with the last tokens, once they are there
@@ -70,13 +76,52 @@ class TextDesk:
         text_model(generation).check(prompt, wanted)
         generator = self._generator(call.deployment, generation)
         session = Session(generator.new_handle(), prompt, wanted, call, generation.eos_token_ids)
-        self._writing[call] = _Writing(session, generator)
+        self._writing[call] = _Writing(session, generator, self._ledger.loop.time())
         generator.admit(session)
 
     def _generator(self, deployment: Deployment, generation: Generation) -> Generator:
         if deployment.generator is None:
             deployment.generator = Generator(deployment, generation, self._ledger, self._pipeline, self._new_tokens, self._failed)
+        self._accompany(deployment.generator, generation)
         return deployment.generator
+
+    def _accompany(self, generator: Generator, generation: Generation) -> None:
+        """Gives it the small model that the plan names, if that is here; a new one where it was deployed again."""
+        small = self._small(generation)
+        if small is None or small.plan.generation is None:
+            generator.companion = None
+        elif generator.companion is None or generator.companion.small is not small:
+            lent = self._generator(small, small.plan.generation)
+            lender = Lender(lent.lend, lent.take_back, lent.new_handle)
+            generator.companion = Companion(small, lender, self._ledger, self._pipeline, generator.advance)
+
+    def _small(self, generation: Generation) -> Deployment | None:
+        family = self._ledger.families.get(generation.draft) if generation.draft else None
+        found = None if family is None else family.generations.get(family.active)
+        if found is None or found.draining:
+            return None
+        own, whole = found.plan.generation, len(found.stages) == len(found.plan.stages) == 1
+        fits = own is not None and not own.draft and own.vocabulary == generation.vocabulary
+        if not (whole and fits):
+            self._ledger.log.warning(
+                "this deployment cannot guess for another: expected a whole small model with its vocabulary", deployment=found.name
+            )
+            return None
+        return found
+
+    def begin_again(self, call: Call) -> None:
+        """Another plan answers it from here on: after the tokens that have come. Raises BadInput, Overloaded."""
+        writing, generation = self._writing.get(call), call.deployment.plan.generation
+        if writing is None or generation is None or writing.session.finish:
+            return
+        old = writing.session
+        writing.generator.end(old, keep=False)
+        wanted = dataclasses.replace(self._wanted[call], answered=old.made)
+        prompt = old.tokens.astype(np.int64)
+        text_model(generation).check(prompt, wanted)
+        writing.generator = generator = self._generator(call.deployment, generation)
+        writing.session = Session(generator.new_handle(), prompt, wanted, call, generation.eos_token_ids)
+        generator.admit(writing.session)
 
     # ------------------------------------------------------------------------------------------------------------ out
 
@@ -85,6 +130,7 @@ class TextDesk:
         if call is None or (writing := self._writing.get(call)) is None:
             return
         writing.unsent += tokens
+        self._time(writing, len(tokens))
         if session.finish:
             writing.said = _generated(session)
             writing.generator.end(session)
@@ -98,6 +144,17 @@ class TextDesk:
                     remedy="read the answer as it comes, or ask for fewer tokens",
                 ),
             )
+
+    def _time(self, writing: _Writing, tokens: int) -> None:
+        speeds, session, now_s = writing.generator.speeds, writing.session, self._ledger.loop.time()
+        speeds.came(tokens, now_s)
+        if not writing.first_s:
+            writing.first_s = now_s
+            speeds.began(now_s - writing.began_s)
+        else:
+            writing.tokens += tokens
+        if session.finish:
+            speeds.ended(now_s - writing.first_s, writing.tokens)
 
     def _write(self, call: Call, writing: _Writing) -> None:
         said, tokens = writing.said, np.array(writing.unsent, np.int32)

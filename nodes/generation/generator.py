@@ -9,33 +9,35 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from nodes.deployment import Deployment
+from nodes.engines.decoder.steps import Step
+from nodes.generation.companion import Companion, Price
 from nodes.generation.kept import Slots
 from nodes.generation.meter import Meter
 from nodes.generation.orders import MAX_STEPS, Orders
-from nodes.generation.passes import Entry, ForwardPass, Making
+from nodes.generation.passes import Entry, ForwardPass, Making, late, most_tokens
 from nodes.generation.prefixes import WORTH, best_source, follow, may_start, start
 from nodes.generation.session import Session
+from nodes.generation.speeds import Speeds
 from nodes.ledger import Ledger
 from nodes.pipeline import Pipeline
 from nodes.requests import Request, RequestKey
-from splitnet.errors import BadInput, DeadlineExceeded, EngineFailure, InsufficientMemory, NodeUnavailable, Overloaded, SplitnetError
+from splitnet.errors import BadInput, EngineFailure, InsufficientMemory, NodeUnavailable, Overloaded, SplitnetError
 from splitnet.generation import PROMPT
-from splitnet.generation_plan import Generation
-from splitnet.wire import CHUNK_BYTES
+from splitnet.generation_plan import LONGEST_CHUNK, Generation, chunk_of
 
 __all__ = ["Counts", "Generator"]
 
-_LONGEST_CHUNK, _SHORTEST_CHUNK = 256, 16  # tokens of a prompt in one pass
-_PIECES_PER_STAGE = 6  # into which a prompt that is alone is divided at least: so that all stages are busy most of the time
-_PATIENCE, _PATIENCE_S = 2.0, 0.02  # a piece of a prompt may make a pass longer by so many times its decoding, or so long
+_SHORTEST_CHUNK = 16  # tokens of a prompt in one pass, beside steps of others
+_PATIENCE, _PATIENCE_S = 1.0, 0.005  # a piece of a prompt may make a pass longer by so many times its decoding, or so long
 _IDLE_S = 120.0  # that an ended session's caches are kept
-_STRIKES = 3
+_STRIKES, _STRIKES_OF_ROOM = 3, 60  # a stage may hold caches of an ingress that is lost until it has noticed, too
 _AGAIN_S = 0.05
 _MOST_LOSSES = 16
 _SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.05, 30.0
@@ -72,16 +74,18 @@ class Generator:
         self.slots = Slots(generation.cache_tokens)
         self.meter = Meter(len(deployment.plan.stages))
         self.counts = Counts()
+        self.speeds = Speeds()
         self.passes: set[ForwardPass] = set()
+        self.companion: Companion | None = None  # a small model that guesses
         self._ledger = ledger
         self._loop = ledger.loop
         self._pipeline = pipeline
         self._on_tokens = on_tokens
         self._on_failed = on_failed
         self._handles = itertools.count(1)  # small, for each step carries one; the stages tell deployments apart (StageSessions)
-        self._numbers = itertools.count()
+        self._numbers = itertools.count(secrets.randbits(32))  # other nodes remember passes of whoever had this name before
         self._closing: list[int] = []
-        self._most_tokens = _most_tokens(deployment)
+        self._most_tokens = most_tokens(deployment.plan)
         self._session_s = 0.0  # running mean of how long a session lives
         self._began_s: dict[Session, float] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -113,10 +117,25 @@ class Generator:
         self.slots.live[session] = None
         self._began_s[session] = now_s
         self.counts.prompt_tokens += session.prompt
+        if self.companion is not None:
+            self.companion.join(session)
         self.advance()
 
     def new_handle(self) -> int:
         return next(self._handles)
+
+    def lend(self, tokens: int) -> bool:
+        """Slots of the caches to another deployment on this node, for which this model guesses: whether there are so many. `take_back` frees them."""
+        leaving = self.slots.make_room(tokens, None)
+        if leaving is None:
+            return False
+        self._closing += [old.handle for old in leaving]
+        self.slots.lent += tokens
+        self.advance()
+        return True
+
+    def take_back(self, tokens: int) -> None:
+        self.slots.lent -= tokens
 
     def end(self, session: Session, *, keep: bool = True) -> None:
         """It is over, however it ended: its slots are free for others. What the caches hold of it is kept for prompts that begin alike, or closed."""
@@ -125,6 +144,8 @@ class Generator:
         now_s = self._loop.time()
         self._session_s += (now_s - self._began_s.pop(session) - self._session_s) * (0.2 if self._session_s else 1.0)
         self.counts.cached_tokens += session.cached
+        if self.companion is not None:
+            self.companion.leave(session)
         if keep and session.held >= WORTH:
             self._closing += [old.handle for old in self.slots.keep(session, now_s)]
             if self._timer is None:
@@ -149,9 +170,11 @@ class Generator:
     def resume(self, deployment: Deployment) -> None:
         """A node was lost with its caches, and `deployment` (the same, or the one that has taken over) is whole: every session's tokens are computed
         again, as a prompt, and it goes on with the very tokens that it would have had."""
-        self.deployment = deployment
+        before, self.deployment = self.deployment, deployment
         self._closing += [session.handle for session in (*self.slots.live, *self.slots.kept)]
         self.slots.kept.clear()
+        while self._closing and before is not deployment:  # the living stages' engines serve both, and need the room
+            self._close_now(before)
         for session in self.slots.live:
             if session.started:
                 session.rebuild(self.new_handle())
@@ -173,7 +196,7 @@ class Generator:
         live = sorted(self.slots.live, key=_precedence)
         decoding = sum(session.unsent <= 1 for session in live)
         size = self.meter.group(max(decoding, 1))
-        ready = [session for session in live if not session.waits]
+        ready = [session for session in live if not session.waits and not (session.drafting and session.unsent == 1)]
         if self.passes and not self.meter.has_room(sum(forward.busy_s for forward in self.passes), size):
             self._pressed = bool(ready)
             return False
@@ -182,21 +205,23 @@ class Generator:
         if suspect is not None:
             self._add(making, suspect, self._most_tokens)
         else:
-            self._set_price(making, decoding, size)
+            making.price = self._price(decoding, size)
             ready = [session for session in ready if not session.alone]
             for session in [s for s in ready if s.unsent == 1 and s.started][:size]:
                 self._add(making, session, self._most_tokens - making.tokens)
             self._add_prompts(making, [s for s in ready if s.unsent > 1 or not s.started], decoding)
+            if not (making.entries or self.meter.full(decoding)):
+                for session in [s for s in live if s.waits and s.made and not (s.alone or s.drafting)]:
+                    self._add_ahead(making, session)
         if not making.entries:
             return False
         self._send(making)
         return True
 
-    def _set_price(self, making: Making, decoding: int, size: int) -> None:
+    def _price(self, decoding: int, size: int) -> Price:
         """What a pass costs a session, and what a guess costs it more."""
         full = self.meter.full(decoding)
-        making.pass_s = self.meter.busy_s(size) / size if full else self.meter.trip_s(1)
-        making.token_s = self.meter.token_s(full=full)
+        return Price(self.meter.busy_s(size) / size if full else self.meter.trip_s(1), self.meter.token_s(full=full), full)
 
     def _add(self, making: Making, session: Session, most: int) -> None:
         if most < 1 or len(making.entries) >= MAX_STEPS:
@@ -206,14 +231,34 @@ class Generator:
         if session.unsent > 1:
             step = session.chunk(most)
         else:
-            most = min(most - 1, session.most_guesses()) if making.pass_s else 0
-            draft = session.lookup.propose(session.tokens, most, making.pass_s, making.token_s)
-            self.counts.drafted_tokens += len(draft)
-            step = session.next_step(draft)
+            step = session.next_step(self._guesses(making, session, most - 1))
+        self._place(making, session, step)
+
+    def _guesses(self, making: Making, session: Session, most: int) -> np.ndarray:
+        """Besides those that a small model has made."""
+        most, price = min(most, session.most_guesses()), making.price
+        if price is None or session.unsent_guesses:
+            return session.tokens[:0]
+        return session.lookup.propose(session.tokens, most, price.pass_s, price.token_s)
+
+    def _add_ahead(self, making: Making, session: Session) -> None:
+        """Its last step is still under way, and stages rest: what is likely to follow what was guessed is sent after it."""
+        most, price = min(self._most_tokens - making.tokens, session.most_guesses()), making.price
+        draft = session.tokens[:0]
+        if price is not None and session.guesser is session.lookup:
+            draft = session.lookup.propose_more(session.believed, session.guessed, most, price.pass_s, price.token_s)
+        if (len(draft) or session.unsent_guesses) and len(making.entries) < MAX_STEPS:
+            self._place(making, session, session.next_step(draft))
+
+    def _place(self, making: Making, session: Session, step: Step) -> None:
         self._turn += 1
         session.turn = self._turn
         making.entries.append(Entry(session, step, session.epoch))
         making.tokens += len(step.tokens)
+        if step.wanted:
+            self.counts.drafted_tokens += step.wanted - (step.position < len(session.tokens))  # the first token is known, or a guess itself
+        if self.companion is not None and making.price is not None and session.waits and session.made:
+            self.companion.think(session, making.price)
 
     def _add_prompts(self, making: Making, waiting: list[Session], decoding: int) -> None:
         """Pieces of prompts, each in its turn: a short one does not wait for a long one."""
@@ -226,11 +271,9 @@ class Generator:
 
     def _piece(self, making: Making, waiting: list[Session], decoding: int) -> int:
         """How many tokens of prompts go into this pass: at first few, until it is known what they cost."""
-        most = min(max(int(2 * self.meter.largest), 2 * _SHORTEST_CHUNK), _LONGEST_CHUNK)
+        most = min(max(int(2 * self.meter.largest), 2 * _SHORTEST_CHUNK), LONGEST_CHUNK)
         if not decoding:
-            longest = max(session.unsent for session in waiting)
-            pieces = _PIECES_PER_STAGE * len(self.deployment.plan.stages)
-            return min(max(-(-longest // pieces), 2 * _SHORTEST_CHUNK), most)
+            return min(chunk_of(max(session.unsent for session in waiting), len(self.deployment.plan.stages)), most)
         decode_s = self.meter.busy_s(max(making.tokens, 1))
         slope = self.meter.token_s(full=True)
         patience_s = max(_PATIENCE * decode_s, _PATIENCE_S)
@@ -247,7 +290,7 @@ class Generator:
         self.counts.passes += 1
         key = RequestKey(deployment.name, deployment.ingress.name, f"{next(self._numbers):x}")
         request = self._ledger.open(key, deployment, self._deadline_s(entries), forward)
-        request.timer = self._loop.call_at(request.deadline_s, self._ledger.fail, request, _late())
+        request.timer = self._loop.call_at(request.deadline_s, self._ledger.fail, request, late())
         request.orders = Orders(tuple(entry.step for entry in entries), tuple(making.forks), closes)
         ids = np.concatenate([entry.step.tokens for entry in entries]).astype(np.int64)
         self._pipeline.deliver(request, {PROMPT: ids}, deployment.input_routes, None)
@@ -256,10 +299,10 @@ class Generator:
         deadlines = [entry.session.call.deadline_s for entry in entries if entry.session.call is not None]
         return max(deadlines, default=self._ledger.deadline(0))
 
-    def _close_now(self) -> None:
-        """Nothing is to be sent that could tell the stages."""
+    def _close_now(self, deployment: Deployment | None = None) -> None:
+        """Nothing is to be sent that could tell the stages (of `deployment`, where it is another one's)."""
         closes, self._closing = tuple(self._closing[:MAX_STEPS]), self._closing[MAX_STEPS:]
-        self._pipeline.close_sessions(self.deployment, Orders(closes=closes))
+        self._pipeline.close_sessions(deployment or self.deployment, Orders(closes=closes))
 
     # -------------------------------------------------------------------------------------------------------------- back
 
@@ -274,9 +317,9 @@ class Generator:
             return
         now_s = self._loop.time()
         self.meter.returned(forward.tokens, orders.timings if orders is not None else (), now_s - forward.sent_s)
-        if self._pressed:
+        if self._pressed and self._returned_s:
             self.meter.followed(forward.tokens, now_s - self._returned_s)
-        self._returned_s, self._pressed = now_s, False
+        self._returned_s, self._pressed = now_s if self.passes else 0.0, False  # nothing follows it of what was not under way yet
         self._taking = True
         start = 0
         for entry in forward.entries:
@@ -289,12 +332,16 @@ class Generator:
 
     def _take(self, entry: Entry, sampled: np.ndarray) -> None:
         session = entry.session
+        accepted = session.accepted
         new = session.take(entry.step, sampled)
         self.counts.new_tokens += len(new)
-        self.counts.accepted_tokens += max(len(new) - 1, 0)
+        self.counts.accepted_tokens += session.accepted - accepted
         session.alone = False
         if new:
             self._on_tokens(session, new)
+        if self.companion is not None and session.live and session.unsent == 1:
+            decoding = sum(each.unsent <= 1 for each in self.slots.live)
+            self.companion.think(session, self._price(decoding, self.meter.group(decoding)))
 
     def failed(self, forward: ForwardPass, error: SplitnetError) -> None:
         self._retire(forward)
@@ -317,11 +364,13 @@ class Generator:
                 entry.session.losses += 1
                 entry.session.again()
             self._ledger.recovery.replayed(self.deployment, len(counted))
+            self._loop.call_soon(self._ledger.recovery.switched, self.deployment.family)  # it may have been meanwhile
             counted = [entry for entry in counted if entry.session.losses > _MOST_LOSSES]
         for entry in counted:
             session = entry.session
             session.strikes += 1
-            if not isinstance(error, _PERHAPS_ANOTHERS) or session.strikes > _STRIKES:
+            most = _STRIKES if not isinstance(error, Overloaded) else _STRIKES_OF_ROOM
+            if not isinstance(error, _PERHAPS_ANOTHERS) or session.strikes > most:
                 self._on_failed(session, error)
                 continue
             self._ledger.log.info("a forward pass failed; its sessions are tried one by one", sessions=len(counted), error=error.message)
@@ -340,19 +389,3 @@ class Generator:
 def _precedence(session: Session) -> tuple[int, int]:
     """The more urgent first, then the one that has waited longer for a place."""
     return -session.call.priority if session.call is not None else 0, session.turn
-
-
-def _most_tokens(deployment: Deployment) -> int:
-    """Of a pass: its hidden states are one chunk on the wire, so that a pass never overtakes the one before it."""
-    widest = 1
-    for stage in deployment.plan.stages:
-        for spec in stage.outputs:
-            size = 4
-            for dimension in spec.shape:
-                size *= dimension if isinstance(dimension, int) else 1
-            widest = max(widest, size)
-    return max(CHUNK_BYTES // widest, 1)
-
-
-def _late() -> DeadlineExceeded:
-    return DeadlineExceeded("a forward pass did not come back in time", remedy="see `splitnet status` for the slowest stage")

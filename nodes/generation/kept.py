@@ -18,12 +18,13 @@ class Slots:
     def __init__(self, total: int) -> None:
         self.total = total
         self.live: dict[Session, None] = {}  # in the order in which they came
+        self.lent = 0  # to another deployment, for which this model guesses
         self.kept: dict[Session, None] = {}  # the one that was of no use for the longest time first
 
     @property
     def free(self) -> int:
         """Not promised to a live session."""
-        return self.total - sum(session.reserved for session in self.live)
+        return self.total - self.lent - sum(session.reserved for session in self.live)
 
     def _unused(self) -> int:
         return self.free - sum(session.reserved for session in self.kept)

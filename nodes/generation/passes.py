@@ -10,14 +10,16 @@ import numpy as np
 
 from nodes.engines.decoder.steps import Step
 from nodes.generation.orders import Fork
-from splitnet.errors import NodeUnavailable, SplitnetError
-from splitnet.plan import CLIENT
+from splitnet.errors import DeadlineExceeded, NodeUnavailable, SplitnetError
+from splitnet.plan import CLIENT, Plan
+from splitnet.wire import CHUNK_BYTES
 
 if TYPE_CHECKING:
+    from nodes.generation.companion import Price
     from nodes.generation.session import Session
     from nodes.requests import Request
 
-__all__ = ["Entry", "ForwardPass", "Making", "Sender"]
+__all__ = ["Entry", "ForwardPass", "Making", "Sender", "late", "most_tokens"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +37,13 @@ class Entry:
 
 @dataclass(slots=True)
 class Making:
-    """A pass that is being made. A guess is worth its price: see `PromptLookup.propose`; `pass_s` 0: nothing is guessed."""
+    """A pass that is being made. Without a price nothing is guessed."""
 
     entries: list[Entry] = field(default_factory=list)
     forks: list[Fork] = field(default_factory=list)
     sources: list[Session] = field(default_factory=list)
     tokens: int = 0
-    pass_s: float = 0.0
-    token_s: float = 0.0
+    price: Price | None = None
 
 
 class Sender(Protocol):
@@ -83,3 +84,19 @@ class ForwardPass:
     def ended(self, request: Request, error: SplitnetError | None) -> None:
         if error is not None or self.sampled is None:
             self._sender.failed(self, error or NodeUnavailable("the forward pass was given up", remedy="try again"))
+
+
+def most_tokens(plan: Plan) -> int:
+    """Of a pass: its hidden states are one chunk on the wire, so that a pass never overtakes the one before it."""
+    widest = 1
+    for stage in plan.stages:
+        for spec in stage.outputs:
+            size = 4
+            for dimension in spec.shape:
+                size *= dimension if isinstance(dimension, int) else 1
+            widest = max(widest, size)
+    return max(CHUNK_BYTES // widest, 1)
+
+
+def late() -> DeadlineExceeded:
+    return DeadlineExceeded("a forward pass did not come back in time", remedy="see `splitnet status` for the slowest stage")

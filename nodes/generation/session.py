@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nodes.engines.decoder.steps import Sampling, Step
-from nodes.generation.drafting import PromptLookup
+from nodes.generation.drafting import Belief, PromptLookup
 from splitnet.generation import GenerateRequest
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Session:
         self.handle = handle
         self.call = call
         self.wanted = wanted
-        self.prompt = len(prompt)
+        self.prompt = len(prompt) - wanted.answered
         self.cached = 0  # of the prompt, that were there already
         self.held = self.sent = 0
         self._extent = (
@@ -47,9 +47,13 @@ class Session:
         self.shared = 0  # so many tokens of it
         self.used_s = 0.0  # when it was last of use, once it is kept
         self.lookup = PromptLookup()
-        self._tokens = np.empty(len(prompt) + wanted.max_new_tokens, np.int32)
+        self.guesser: Belief = self.lookup  # who has guessed what is guessed now
+        self.drafting = False  # a small model is about to say what may follow
+        self._tokens = np.empty(self.prompt + wanted.max_new_tokens, np.int32)
         self._tokens[: len(prompt)] = prompt
         self._count = len(prompt)
+        self._guessed = 0  # tokens after these that are guessed
+        self.accepted = 0  # guesses that were right
         self._told = False  # the stages know how to sample
         self._stops = wanted.stop if wanted.ignore_eos else (*wanted.stop, *((token,) for token in eos))
         self._sampling = Sampling(wanted.temperature, wanted.top_p, wanted.top_k, wanted.repetition_penalty, wanted.seed)
@@ -60,6 +64,24 @@ class Session:
     def tokens(self) -> np.ndarray:
         """int32, the prompt and what has come so far."""
         return self._tokens[: self._count]
+
+    @property
+    def believed(self) -> np.ndarray:
+        """int32, the same and what is guessed after it."""
+        return self._tokens[: self._count + self._guessed]
+
+    @property
+    def guessed(self) -> int:
+        """How many tokens the last of what is believed is away from what is known."""
+        return self._guessed
+
+    @property
+    def unsent_guesses(self) -> int:
+        return self._count + self._guessed - max(self.sent, self._count)
+
+    @property
+    def sampling(self) -> Sampling:
+        return self._sampling
 
     @property
     def reserved(self) -> int:
@@ -103,9 +125,18 @@ class Session:
         return self._step(self._tokens[self.sent : self.sent + count], int(self.sent + count == self._count))
 
     def next_step(self, draft: np.ndarray) -> Step:
-        """The newest token, and what may follow it."""
-        assert self.unsent == 1, "a prompt goes in chunks"
-        return self._step(np.concatenate((self._tokens[self.sent : self._count], draft)), 1 + len(draft))
+        """The newest token, and what may follow it; or, while that is on its way, what may follow what is believed. All of it is verified where it is computed."""
+        assert self.sent >= self._count - 1, "a prompt goes in chunks"
+        self.guess(draft, self.lookup)
+        tokens = self.believed[self.sent :]
+        return self._step(tokens, len(tokens))
+
+    def guess(self, tokens: np.ndarray, guesser: Belief) -> None:
+        """What may follow what is believed; `guesser` will hear what was right."""
+        if len(tokens):
+            self.guesser = guesser
+            self._tokens[self._count + self._guessed : self._count + self._guessed + len(tokens)] = tokens
+            self._guessed += len(tokens)
 
     def _step(self, tokens: np.ndarray, wanted: int) -> Step:
         step = Step(self.handle, self.sent, tokens.astype(np.int32), wanted, None if self._told else self._sampling)
@@ -116,30 +147,41 @@ class Session:
         return step
 
     def take(self, step: Step, sampled: np.ndarray) -> list[int]:
-        """A pass has brought what it was to bring: the tokens that are new, in order. What follows a wrong guess is dropped, and so is what follows the end."""
+        """A pass has brought what it was to bring: the tokens that are new, in order. What follows a wrong guess is dropped, with all that is under way for it, and so is what
+        follows the end."""
         self.strikes = 0
         if not step.wanted:
             self.held = step.position + len(step.tokens)
             return []
-        guesses = step.tokens[len(step.tokens) - step.wanted + 1 :]
-        right = 0
-        while right < len(guesses) and sampled[right] == guesses[right]:
-            right += 1
-        self.lookup.learn(len(guesses), right)
+        looked = right = 0
         new: list[int] = []
-        for token in sampled[: right + 1].tolist():
+        for token in sampled.tolist():
+            guess = int(self._tokens[self._count]) if self._guessed else None
+            looked += guess is not None
+            right += guess == token
+            self._guessed -= guess is not None
             self._tokens[self._count] = token
             self._count += 1
             new.append(token)
             self.finish = self._ended()
-            if self.finish:
+            if self.finish or guess not in (None, token):
+                self._forget_guesses()
                 break
-        self.held = self.sent = self._count - 1
+        self.guesser.learn(looked, right)
+        self.accepted += right
+        self.held = self._count - 1
+        self.sent = max(self.sent, self.held)
         return new
+
+    def _forget_guesses(self) -> None:
+        """What is under way for tokens that were guessed no longer counts."""
+        self._guessed = 0
+        self.epoch += 1
+        self.sent = self._count - 1
 
     def most_guesses(self) -> int:
         """No more than may still come, besides the one that comes anyway."""
-        return self.wanted.max_new_tokens - self.made - 1
+        return self.wanted.max_new_tokens - self.made - self._guessed - 1
 
     def _ended(self) -> str:
         for stop in self._stops:
@@ -153,6 +195,7 @@ class Session:
         """What is under way for it no longer counts; it goes on from what the caches hold for certain. A repeated step is harmless."""
         self.epoch += 1
         self.sent = self.held
+        self._guessed = 0
         self._told = False
 
     def rebuild(self, handle: int) -> None:

@@ -24,7 +24,7 @@ __all__ = ["plan_generating", "profile_generating"]
 
 def plan_generating(
     source: str, cluster: Cluster, output: Path, folder: Path, *, objective: str, asked: Mapping[str, Any], profile_file: Path | None, data_file: Path | None,
-    threads: int, given: Mapping[str, Any], as_json: bool,
+    threads: int, replicas: int, standby: Sequence[str], given: Mapping[str, Any], picture: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """`asked`: the keywords of `partitioner.plan`; `given`: the command's other options."""
     from partitioner.decoders.figures import DecoderProfile
@@ -32,6 +32,7 @@ def plan_generating(
     from partitioner.decoders.planning import plan_decoder
     from partitioner.decoders.weights import Weights
     from partitioner.decoders.writing import cut_decoder
+    from partitioner.standbys import add_standbys
 
     if data_file and not data_file.is_file():
         raise BadInput(f"--data: there is no file {str(data_file)!r}")
@@ -57,16 +58,25 @@ def plan_generating(
         weights = Weights(wanted, max_loss=asked["max_accuracy_loss"])
     say("planning")
     chosen = plan_decoder(model, measured, cluster, work, objective=objective, weights=weights, **asked)
+    if replicas:
+        taken = {name: size for name, (size, _) in asked.get("taken", {}).items()}
+        chosen = add_standbys(chosen, cluster, replicas, standby, taken)
     with progress_bar("cutting the model") as advance:
         shards = cut_decoder(model, chosen, folder, lambda done, total: advance(done, total, ""))
     chosen = dataclasses.replace(chosen, profile_sha256=measured.sha256)
     chosen = chosen.with_shards({stage: shard.sha256 for stage, shard in shards.items()})
     chosen.save(output)
+    if picture:
+        from partitioner.decoders.pictures import draw_generation
+
+        say(f"drawing {picture}")
+        draw_generation(chosen, picture, model, measured, cluster, work, weights, asked)
     if as_json:
         click.echo(chosen.to_json(), nl=False)
         return
     click.echo(chosen.explain())
-    click.echo(f"\nwrote {output} and {folder}\nnext: splitnet deploy {output}; splitnet generate {output} --prompt '...'")
+    drew = f", and drew {picture}" if picture else ""
+    click.echo(f"\nwrote {output} and {folder}{drew}\nnext: splitnet deploy {output}; splitnet generate {output} --prompt '...'")
 
 
 def profile_generating(

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,9 @@ import numpy as np
 from partitioner.solvers.problem import Floats
 from partitioner.structure import Structure
 from splitnet.cluster import ClusterNode
-from splitnet.documents import load_document
+from splitnet.documents import load_document, save_document
 from splitnet.errors import BadModel
+from splitnet.plan import Plan, StageSpec
 
 __all__ = ["DECODER_PROFILE_VERSION", "DecoderProfile", "Times", "Workload"]
 
@@ -106,6 +107,27 @@ class DecoderProfile:
         how = f"scaled by the reference kernel: {ratio:.3g}x of {nearest or 'this machine'!r}"
         return {form: times.scaled(ratio, how) for form, times in self.columns[nearest].items()}
 
+    def stage_s(self, node: ClusterNode, plan: Plan, stage: StageSpec) -> float:
+        """A step of one session through a plan's stage; 0 where its format was not measured there."""
+        generation = plan.generation
+        if generation is None:
+            raise BadModel(f"the plan of {plan.model!r} generates nothing", remedy="take the profile that the plan was made from")
+        times = self.on(node).get(f"{generation.dtype}/{generation.weights.get(stage.name, generation.dtype)}")
+        if times is None:
+            return 0.0
+        place = {vertex.name: i for i, vertex in enumerate(self.structure.vertices[1:])}
+        return times.step_s + math.fsum(times.decode[0][place[operator]] for operator in stage.operators)
+
+    def slowed(self, nodes: Sequence[ClusterNode], factors: Mapping[str, float]) -> DecoderProfile:
+        """With the figures of each of the nodes, times the node's factor where there is one."""
+        columns = dict(self.columns)
+        for node in nodes:
+            factor, column = factors.get(node.name), self.on(node)
+            if factor is not None:
+                column = {form: times.scaled(factor, f"{times.how}; {factor:.2g}x as seen") for form, times in column.items()}
+            columns[node.name] = column
+        return dataclasses.replace(self, columns=columns)
+
     def chunk(self, times: Times, tokens: int) -> Floats:
         """Of a chunk of a prompt of so many tokens: on a straight line through a step of one token and the chunk that was measured."""
         one, whole = np.asarray(times.decode[0]), np.asarray(times.prefill)
@@ -164,7 +186,7 @@ class DecoderProfile:
             raise BadModel(f"not a profile: {type(error).__name__}: {error}") from None
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_json())
+        save_document(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> DecoderProfile:

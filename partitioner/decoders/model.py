@@ -13,7 +13,7 @@ from typing import Any
 from partitioner.decoders.checkpoint import Checkpoint, open_checkpoint
 from partitioner.structure import Structure, Vertex
 from splitnet.decoder_architectures import EMBEDDING, HEAD, LAYERS, NORM, architecture, place_of
-from splitnet.decoder_format import DecoderSpec
+from splitnet.decoder_format import DecoderSpec, hidden_size_of, tied_in, vocabulary_of
 from splitnet.decoder_weights import stored_bytes, stored_format
 from splitnet.errors import BadModel
 from splitnet.plan import OutputSpec
@@ -53,15 +53,15 @@ class DecoderModel:
 
     @property
     def hidden_size(self) -> int:
-        return int(self.config["hidden_size"])
+        return hidden_size_of(self.config)
 
     @property
     def vocabulary(self) -> int:
-        return int(self.config["vocab_size"])
+        return vocabulary_of(self.config)
 
     @property
     def tied(self) -> bool:
-        return bool(self.config.get("tie_word_embeddings", False))
+        return tied_in(self.config)
 
     @property
     def longest_context(self) -> int:
@@ -217,6 +217,6 @@ def _expected(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
                         found[f"{experts[1]}.{e}.{part}.weight"] = (rows // 2, columns)
         else:
             found[name] = shape
-    if config.get("tie_word_embeddings"):
+    if tied_in(config):
         found.pop(_HEAD_MATRIX, None)
     return found

@@ -14,7 +14,7 @@ from splitnet.generation_plan import Expected, Generation
 from splitnet.plan import CLIENT, Alternative, NodeRef, OutputSpec, Plan, Prediction, StageSpec, Transfer
 from splitnet.tensors import DTYPES, TensorSpec
 
-__all__ = ["Choice", "batches", "make_plan"]
+__all__ = ["Choice", "batches", "expected_of", "make_plan", "objective_s"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def make_plan(choice: Choice, objective: str, weights: Weights) -> Plan:
     model, work = setting.model, setting.workload
     names = [f"stage{k}" for k in range(len(chain_plan.order))]
     stages = tuple(_stage(setting, chain_plan, k, name) for k, name in enumerate(names))
-    expected, bottleneck, paced = _expected(setting, chain_plan)
+    expected, bottleneck, paced = expected_of(setting, chain_plan)
     ids, tokens = TensorSpec("input_ids", "int64", ("tokens",)), TensorSpec("tokens", "int32", ("tokens",))
     hidden = setting.widest * model.hidden_size * DTYPES[setting.dtype].itemsize
     inner = [
@@ -65,7 +65,7 @@ def make_plan(choice: Choice, objective: str, weights: Weights) -> Plan:
             latency_s=_answer_s(expected) if objective == "latency" else expected.ttft_s if objective == "ttft" else expected.tpot_s,
             throughput_per_s=expected.tokens_per_s,
             bottleneck=bottleneck,
-            bound=min(choice.found.bound, _reached(expected, objective)),
+            bound=min(choice.found.bound, objective_s(expected, objective)),
             memory_bytes={
                 setting.names[n]: setting.stage_bytes(a, b, setting.formats[f])
                 for n, (a, b), f in zip(chain_plan.order, _spans(chain_plan), chain_plan.formats, strict=True)
@@ -92,7 +92,8 @@ def _coarse(forms: Mapping[str, str], weights: Weights) -> str:
     coarse = sorted({form for form in forms.values() if form in ("int8", "int4")})
     if weights.wanted != "auto" or weights.max_loss is not None or not coarse:
         return ""
-    return f"weights in {' and '.join(coarse)} where nothing finer fits; --data FILE measures what that loses"
+    said = f"weights in {' and '.join(coarse)} where nothing finer fits"
+    return said if weights.perplexity else f"{said}; --data FILE measures what that loses"
 
 
 def _spans(plan: ChainPlan) -> list[tuple[int, int]]:
@@ -128,7 +129,7 @@ def _priced(setting: Setting, plan: ChainPlan, one: Pass) -> tuple[ChainPlan, st
     return replace(priced, bottleneck_s=shared_s), machine or name
 
 
-def _expected(setting: Setting, plan: ChainPlan) -> tuple[Expected, str, str]:
+def expected_of(setting: Setting, plan: ChainPlan) -> tuple[Expected, str, str]:
     """What is predicted of it, what its bottleneck is, and a remark."""
     work = setting.workload
     stages = len(plan.order)
@@ -150,9 +151,10 @@ def _answer_s(expected: Expected) -> float:
     return expected.ttft_s + (expected.answer_tokens - 1) * expected.tpot_s
 
 
-def _reached(expected: Expected, objective: str) -> float:
+def objective_s(expected: Expected, objective: str) -> float:
+    """What the objective counts; for throughput, seconds of one token of all sessions together."""
     figures = {"ttft": expected.ttft_s, "tpot": expected.tpot_s, "latency": _answer_s(expected)}
-    return figures[objective] if objective in figures else 1.0 / expected.tokens_per_s
+    return figures[objective] if objective in figures else 1.0 / max(expected.tokens_per_s, 1e-12)
 
 
 def _link_bytes(setting: Setting, plan: ChainPlan, one: Pass) -> dict[str, int]:
@@ -168,13 +170,15 @@ def _link_bytes(setting: Setting, plan: ChainPlan, one: Pass) -> dict[str, int]:
 
 
 def _alternatives(choice: Choice, objective: str) -> tuple[Alternative, ...]:
-    """What each node alone would do: seconds of what the objective counts (per token, for throughput), and tokens per second."""
-    found = []
-    for node, alone in zip(choice.setting.nodes, choice.alone, strict=True):
+    """What each node alone would do: seconds of what the objective counts (per token, for throughput), and tokens per second. Nothing is said of one that wishes rule out
+    though its memory would do."""
+    found, whole = [], choice.setting.memory[:, 0, -1]
+    for node, limit, alone in zip(choice.setting.nodes, choice.setting.limits, choice.alone, strict=True):
         if alone is None:
-            found.append(Alternative(node.name, 0.0, 0.0, fits=False))
+            if (whole > limit).all():
+                found.append(Alternative(node.name, 0.0, 0.0, fits=False))
             continue
-        expected, _, _ = _expected(choice.setting, alone)
+        expected, _, _ = expected_of(choice.setting, alone)
         figures = {"ttft": expected.ttft_s, "latency": _answer_s(expected)}
         found.append(Alternative(node.name, figures.get(objective, expected.tpot_s), expected.tokens_per_s, fits=True))
     return tuple(found)

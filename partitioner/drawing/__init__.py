@@ -45,11 +45,13 @@ def draw(
     profile: Profile | None = None,
     cluster: Cluster | None = None,
     planner: Planner | None = None,
+    shown: Plan | None = None,
 ) -> None:
     """Draws a plan into a file; the suffix says the format: an HTML page that needs nothing else, one SVG, or one PNG.
 
     profile: what the plan was made from. cluster: where it is to run. planner: how the plans that it is compared with are made
-    (default: `partitioner.plan`; bind your constraints to it).
+    (default: `partitioner.plan`; bind your constraints to it). shown: the plan whose transfers the pictures show, where they are others than what goes
+    over a link at once.
     Raises what `check_path` raises, BadPlan for the profile of another model, BadCluster where the cluster lacks a node of the plan.
     """
     suffix = check_path(path)
@@ -60,5 +62,5 @@ def draw(
             cluster.node(node.name)
     from partitioner.drawing.pages import compose, html_page, pictures
 
-    found = pictures(plan, profile, cluster, planner)
+    found = pictures(shown or plan, profile, cluster, planner)
     Path(path).write_bytes(html_page(plan, found) if suffix == ".html" else compose(plan, found, "svg" if suffix == ".svg" else "png"))

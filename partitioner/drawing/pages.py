@@ -15,6 +15,7 @@ from partitioner.drawing.pareto import Pareto
 from partitioner.drawing.studies import Planner, choices, front, left_out, stage_counts, sweep
 from partitioner.drawing.sweeping import Sweep, figures
 from partitioner.drawing.timeline import timeline
+from partitioner.drawing.words import words_of
 from partitioner.profiling import Profile
 from splitnet.cluster import Cluster
 from splitnet.explain import explain, seconds_text
@@ -64,7 +65,9 @@ def pictures(plan: Plan, profile: Profile | None, cluster: Cluster | None, plann
         more += (
             f" Nobody measured the codec {' and '.join(times.unknown_codecs)}: shown as if it took no time." if times.unknown_codecs else ""
         )
-        note = "As the simulator plays it. The number on a bar is the request's; a row is a node, or a link from one to another."
+        note = (
+            f"As the simulator plays it. The number on a bar is the {words_of(plan).one}'s; a row is a node, or a link from one to another."
+        )
         panels.append(Panel("Who works when", note + more, times))
     else:
         left_out.append("The timeline needs the cluster: its links say how long sending takes.")
@@ -76,7 +79,7 @@ def pictures(plan: Plan, profile: Profile | None, cluster: Cluster | None, plann
 
 
 def _model_note(plan: Plan, profile: Profile | None) -> str:
-    batch = f" for a batch of {plan.prediction.batch}" if plan.prediction else ""
+    batch = " for one token" if plan.generation else f" for a batch of {plan.prediction.batch}" if plan.prediction else ""
     what = "Blocks are modules, with the time that they take and their parameters; a" if profile else "A"
     masks = " Masks, sizes and other values that each stage makes for itself are not shown." if profile else ""
     return f"{what} line between stages is a cut, with the bytes that cross it{batch}, before any codec.{masks}"
@@ -92,14 +95,15 @@ def _comparisons(plan: Plan, profile: Profile, cluster: Cluster, planner: Planne
     stages = "every number of" if counts == list(range(2, len(cluster.nodes) + 1)) else ", ".join(map(str, counts))
     not_compared, not_swept = left_out(profile, cluster)
     best = front(found)
-    rows = [("", "latency", "requests/s", "")]
+    words = words_of(plan)
+    rows = [("", "latency" if words.one == "request" else words.latency, f"{words.one}s/s", "")]
     rows += [(c.label, seconds_text(c.latency_s), f"{c.throughput_per_s:.3g}", "best of its kind" if c in best else "") for c in found]
     panels = [
         Panel(
             "What there is to choose from",
-            f"Each point is a plan: the best for latency and the best for throughput with {stages} stages, and each node alone; "
+            f"Each point is a plan: the best for {words.quick} and the best for throughput with {stages} stages, and each node alone; "
             f"of those within 2% of each other, one. On the line are those that no other beats in both.{not_compared}",
-            Pareto(tuple(found)),
+            Pareto(tuple(found), words),
             tuple(rows),
         )
     ]
@@ -110,7 +114,7 @@ def _comparisons(plan: Plan, profile: Profile, cluster: Cluster, planner: Planne
                 "The best cut against bandwidth",
                 f"Planned anew, for {plan.objective}, with every link at that bandwidth and its latency as it is. Where the line lies on a "
                 f"node's own, splitting would not help.{not_swept}",
-                Sweep(plan.objective, node_colours(plan, cluster), tuple(points)),
+                Sweep(plan.objective, node_colours(plan, cluster), tuple(points), words),
                 (("bandwidth", "best", "nodes in order", "sent"), *figures(plan.objective, points)),
             )
         )
@@ -171,7 +175,7 @@ def _summary(plan: Plan) -> str:
     stages = f"{len(plan.stages)} stage{'s' if len(plan.stages) > 1 else ''}"
     if p is None:
         return f"{stages}, for {plan.objective}"
-    return f"{stages}, for {plan.objective}: {seconds_text(p.latency_s)}, {p.throughput_per_s:.3g} requests/s predicted"
+    return f"{stages}, for {plan.objective}: {seconds_text(p.latency_s)}, {p.throughput_per_s:.3g} {words_of(plan).one}s/s predicted"
 
 
 # ---------------------------------------------------------------------------------------------------------------------- a page

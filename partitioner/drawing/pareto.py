@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from partitioner.drawing.canvas import INK, MUTED, PAPER, WIDTH, Sheet, text_width
 from partitioner.drawing.studies import Choice, front
+from partitioner.drawing.words import Words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +25,7 @@ _LETTERS = 8.0
 @dataclass(frozen=True)
 class Pareto:
     choices: tuple[Choice, ...]
+    words: Words = field(default_factory=Words)
 
     @property
     def height(self) -> float:
@@ -56,12 +58,12 @@ class Pareto:
                 linewidth=0.7,
                 zorder=4 if c.chosen else 3,
             )
-        axes.set_xlabel(f"latency of one request ({unit})", size=9, labelpad=3)
+        axes.set_xlabel(f"{self.words.latency} ({unit})", size=9, labelpad=3)
         axes.tick_params(labelsize=8.5)
         axes.grid(zorder=0)
         axes.set_axisbelow(True)
         plane = sheet.plane()
-        plane.text(6, 9, "requests per second", size=9, va="center")
+        plane.text(6, 9, f"{self.words.one}s per second", size=9, va="center")
         self._label(plane, axes, xs, ys, best, width, height)
 
     def _label(

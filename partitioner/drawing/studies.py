@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from partitioner.drawing.words import words_of
 from partitioner.profiling import Profile
 from splitnet.cluster import Cluster
 from splitnet.errors import NoPlan
@@ -90,7 +91,7 @@ def choices(plan: Plan, profile: Profile, cluster: Cluster, planner: Planner) ->
         if a.fits:
             add(Choice(f"{a.node} alone", a.latency_s, a.throughput_per_s, alone=True))
     for count in stage_counts(profile, cluster):
-        for objective in ("latency", "throughput"):
+        for objective in (words_of(plan).quick, "throughput"):
             other = _try(planner, profile, cluster, objective=objective, stages=count)
             if other is not None and other.prediction:
                 add(Choice(_stages(other), other.prediction.latency_s, other.prediction.throughput_per_s))
@@ -139,7 +140,7 @@ def sweep(plan: Plan, profile: Profile, cluster: Cluster, planner: Planner, bits
         add(high, b)
         if high - low < 2:
             continue
-        if _same_plan(a, b):
+        if _same_plan(a, b) and plan.generation is None:  # of chunks of prompts the bottleneck counts, too
             ends = [(1 / bits_per_s[k], points[k].objective_s) for k in (low, high)] if a else []
             for k in range(low + 1, high):
                 add(k, a, _between(1 / bits_per_s[k], *ends) if ends else None)
@@ -150,7 +151,7 @@ def sweep(plan: Plan, profile: Profile, cluster: Cluster, planner: Planner, bits
 
 def _objective_s(objective: str, plan: Plan) -> float:
     assert plan.prediction is not None
-    return plan.prediction.latency_s if objective == "latency" else 1.0 / plan.prediction.throughput_per_s
+    return 1.0 / plan.prediction.throughput_per_s if objective == "throughput" else plan.prediction.latency_s
 
 
 def _same_plan(a: Plan | None, b: Plan | None) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from partitioner.drawing.canvas import INK, MUTED, ON_FILL, PAPER, WIDTH, Sheet, shortened, text_width, tint
 from partitioner.drawing.studies import SweepPoint
+from partitioner.drawing.words import Words
 from splitnet.explain import bytes_text, seconds_text
 
 __all__ = ["Sweep", "bandwidth_text", "figures"]
@@ -23,6 +24,7 @@ class Sweep:
     objective: str
     colours: Mapping[str, str]  # of the cluster's nodes: each keeps its own over all bandwidths
     points: tuple[SweepPoint, ...]
+    words: Words = field(default_factory=Words)
 
     @property
     def height(self) -> float:
@@ -39,7 +41,7 @@ class Sweep:
         alone: dict[float, list[str]] = {}
         for a in self.points[0].alternatives:
             if a.fits:
-                value = a.latency_s if self.objective == "latency" else 1.0 / a.throughput_per_s
+                value = 1.0 / a.throughput_per_s if self.objective == "throughput" else a.latency_s
                 alone.setdefault(round(value, 9), []).append(a.node)
         worst = max([*alone, *(p.objective_s for p in self.points)])
         unit, factor = ("s", 1.0) if worst >= 1 else ("ms", 1e3)
@@ -63,11 +65,15 @@ class Sweep:
                     bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.3, "alpha": 0.8},
                 )  # fmt: skip
         self._bandwidth_axis(sheet, axes, labels=False)
-        what = "latency" if self.objective == "latency" else "time per request, pipeline full"
+        what = f"time per {self.words.one}, pipeline full" if self.objective == "throughput" else self._quick
         plane = sheet.plane()
         plane.text(6, 9, f"{what} ({unit})", size=9, va="center")
         plane.plot([WIDTH - 92, WIDTH - 76], [9, 9], color=_BEST, linewidth=1.8, marker="o", markersize=3.5)
         plane.text(WIDTH - 72, 9, "the best plan", size=8, va="center")
+
+    @property
+    def _quick(self) -> str:
+        return "latency" if self.words == Words() else self.words.latency
 
     def _paint_cuts(self, sheet: Sheet) -> None:
         axes = sheet.axes(_LEFT, _TOP + _UPPER + _BETWEEN, WIDTH - _LEFT - _RIGHT, _LOWER)
@@ -137,7 +143,7 @@ def figures(objective: str, points: Sequence[SweepPoint]) -> list[tuple[str, ...
     return [
         (
             bandwidth_text(p.bandwidth_bits_per_s),
-            seconds_text(p.objective_s) if objective == "latency" else f"{1 / p.objective_s:.3g} /s",
+            f"{1 / p.objective_s:.3g} /s" if objective == "throughput" else seconds_text(p.objective_s),
             " → ".join(s.node for s in p.shares),
             bytes_text(p.sent_bytes),
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from partitioner.constants import Goal, codec_figures, machines, outside_bytes, overheads
 from partitioner.cost import CodecFigures
 from partitioner.drawing.canvas import INK, MUTED, ON_FILL, WIDTH, Sheet, stage_colour, text_width, tint
+from partitioner.drawing.words import words_of
 from partitioner.simulation import Interval, Simulation, simulate
 from splitnet.cluster import Cluster
 from splitnet.explain import seconds_text
@@ -143,10 +144,11 @@ def timeline(plan: Plan, cluster: Cluster | None, profile: Profile | None = None
         kept = set(sorted(rows, key=lambda row: -busy[row])[:_MOST_ROWS])
         left_out = len(rows) - len(kept)
         rows = [row for row in rows if row in kept]
+    one = words_of(plan).one
     done = sorted(request.done_s for request in full.requests)
     parts = (
-        _Part(f"one request alone: {seconds_text(alone.requests[0].latency_s)}", alone, alone.end_s),
-        _Part(f"pipeline full: {full.throughput_per_s:.3g} requests per second", full, done[min(_SHOWN, len(done)) - 1]),
+        _Part(f"one {one} alone: {seconds_text(alone.requests[0].latency_s)}", alone, alone.end_s),
+        _Part(f"pipeline full: {full.throughput_per_s:.3g} {one}s per second", full, done[min(_SHOWN, len(done)) - 1]),
     )
     return Timeline(plan, tuple(rows), left_out, unknown, parts)
 

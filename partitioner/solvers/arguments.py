@@ -13,6 +13,7 @@ import numpy as np
 
 from partitioner.cost import CodecFigures, Overhead
 from splitnet.errors import BadInput
+from splitnet.noise import Noise
 
 __all__ = ["check_kinds", "is_number"]
 
@@ -133,4 +134,5 @@ _KINDS: Mapping[str, tuple[str, Callable[[Any], str | None]]] = {
     "microbatches": ("a sequence of whole numbers", _some(_is_whole)),
     "tolerance": ("a number", _one(is_number)),
     "margin": ("a number", _one(is_number)),
+    "noise": ("a Noise", _one(lambda given: isinstance(given, Noise))),
 }

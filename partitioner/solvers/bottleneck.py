@@ -41,6 +41,9 @@ class Bottleneck:
         self.kinds, self.length = len(problem.devices), problem.length
         self.firsts, self.anywhere = 1, True
         self.errors, self.spends = units + 1, spends
+        self.prices = [
+            [(int(u), None if not u and not each.any() else each == u) for u in np.unique(each) if u < self.errors] for each in spends
+        ]
         self.last_end = problem.last_end
         self.free = [bool((self.last_end[k, :-1] == self.length).all()) for k in range(self.kinds)]
         steps: list[Step] = []
@@ -108,7 +111,8 @@ class Bottleneck:
 
     def _crossing(self, last: int, kind: int, limit: float) -> list[tuple[int, np.ndarray]]:
         wire = self.problem.wire_s[:, last, kind]
-        return [(c, wire[c] <= limit) for c in range(len(wire)) if (wire[c] <= limit).any()]
+        passable = wire <= limit
+        return [(int(c), passable[c]) for c in np.flatnonzero(passable.any(axis=-1))]
 
     def _enter(self, ended: Floats, kind: int, limit: float) -> Floats:
         """(n, F, E, i): the most credit of a stage on `kind` that starts at i."""
@@ -117,11 +121,11 @@ class Bottleneck:
         for last in range(self.kinds):
             spare = self._spare(ended[:, last], last, limit)
             for c, passable in self._crossing(last, kind, limit):
-                arriving = np.where((spare >= problem.send_s[c, last]) & passable, problem.prefix[kind] - problem.take_s[c, kind], _NEVER)
-                for units in np.unique(self.spends[c]):
-                    if units < self.errors:
-                        at = np.where(self.spends[c] == units, arriving, _NEVER)[:, :, : self.errors - units]
-                        np.maximum(credit[:, :, units:], at, out=credit[:, :, units:])
+                needed = np.where(passable, problem.send_s[c, last], np.inf)
+                arriving = np.where(spare >= needed, problem.prefix[kind] - problem.take_s[c, kind], _NEVER)
+                for units, spent in self.prices[c]:
+                    at = arriving if spent is None else np.where(spent, arriving, _NEVER)[:, :, : self.errors - units]
+                    np.maximum(credit[:, :, units:], at, out=credit[:, :, units:])
         credit[..., 0] = _NEVER
         credit[..., self.length] = _NEVER
         return credit

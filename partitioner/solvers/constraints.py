@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from splitnet.errors import BadInput, NoPlan
+from splitnet.noise import Noise
 
 __all__ = ["Constraints", "Operator", "allowed_operators", "matching", "stage_range"]
 
@@ -32,7 +33,7 @@ class Constraints:
     """pin: pattern -> node that runs what matches. forbid: nodes that run nothing. forbid_operators: node -> patterns that it does not run.
     input_at: the node whose stage takes the raw input, the ingress. output_at: the node that makes the answer. private: (node, k or pattern):
     raw inputs, the first k operators (or all that match, and what comes before them) stay on the node. taken: node -> (bytes, share of its time)
-    that others use. link_codecs: (a, b) -> the codecs that may be used there. max_accuracy_loss: what the codecs' errors may add up to.
+    that others use. noise: on what leaves the node of `private` for others. link_codecs: (a, b) -> the codecs that may be used there. max_accuracy_loss: what the codecs' errors may add up to.
 
     A pattern is an operator's name, a module path ("encoder.layer.6": all that is inside), or either with * and ?.
     """
@@ -46,6 +47,7 @@ class Constraints:
     taken: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     link_codecs: Mapping[tuple[str, str], Sequence[str]] = field(default_factory=dict)
     max_accuracy_loss: float | None = None
+    noise: Noise | None = None
 
     def check(self, devices: Sequence[str], codecs: Sequence[str]) -> None:
         """Raises BadInput naming the wish that cannot be."""
@@ -71,6 +73,16 @@ class Constraints:
                 )
         if self.max_accuracy_loss is not None and not self.max_accuracy_loss >= 0:
             raise BadInput(f"max_accuracy_loss must not be negative, got {self.max_accuracy_loss}")
+        if self.noise is not None and not self.private:
+            raise BadInput(
+                "noise needs `private`: the node that may see the raw input, and what else stays there",
+                remedy="say which, as --private camera=1",
+            )
+        if self.noise is not None and self.max_accuracy_loss:
+            raise BadInput(
+                "max_accuracy_loss is about what codecs lose, and noise loses more, by chance",
+                remedy="leave it out; `splitnet privacy` measures what noise costs",
+            )
         if self.private and self.input_at and self.private[0] != self.input_at:
             raise BadInput(f"private keeps the raw input on {self.private[0]!r}, but input_at asks for {self.input_at!r}")
 

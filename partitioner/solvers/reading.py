@@ -284,7 +284,8 @@ def codec_arrays(
     codecs: Mapping[str, CodecFigures], devices: Sequence[str], operators: Sequence[Operator],
     link_codecs: Mapping[tuple[str, str], Sequence[str]], share: Mapping[str, float],
 ) -> Codecs:  # fmt: skip
-    """`error` and `ratio_at` are of a cut before each operator: those of the result of the operator before it."""
+    """`error` and `ratio_at` are of a cut before each operator: those of the result of the operator before it; where a codec leaves that as it is,
+    they are those of all that crosses."""
     names = tuple(sorted(codecs, key=lambda name: name != "raw"))
     place = {name: k for k, name in enumerate(devices)}
     permitted = np.ones((len(names), len(devices), len(devices)), dtype=bool)
@@ -309,6 +310,10 @@ def codec_arrays(
         ratio_at = np.repeat(ratio[:, None], len(operators) + 1, axis=1)
         for c, name in enumerate(names):
             ratio_at[c, 1:-1] = [codecs[name].ratio_of(operator.name) for operator in operators[:-1]]
+            for position in [k for k, operator in enumerate(operators[:-1], start=1) if codecs[name].leaves(operator.name)]:
+                crossing = {u for operator in operators[position:] for u in operator.before if u < position}
+                ratio_at[c, position] = codecs[name].ratio_of(*(operators[u].name for u in crossing))
+                error[c, position] = max((codecs[name].error_of(operators[u].name) for u in crossing), default=0.0)
     return Codecs(names, ratio, speeds[..., 0], speeds[..., 1], error, permitted, ratio_at)
 
 

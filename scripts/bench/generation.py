@@ -1,6 +1,6 @@
 """What generating over slow links costs: bytes per token and hop, many sessions against the round trip, guesses against the round trip, long prompts beside short answers.
 
-    python scripts/bench/generation.py [bytes] [sessions] [guesses] [stall] [prefixes]
+    python scripts/bench/generation.py [bytes] [sessions] [split] [guesses] [draft] [stall] [prefixes]
 
 Llamas with random weights, cut by hand into stages of equal layers on nodes of one thread each, whose links a relay delays (scripts/testbed). Every ratio is of two measurements in
 one run. `sessions`: S sessions, where S is at least round trip / time per token of the slowest stage, with and without delay. `guesses`: one session on a text that repeats
@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import json
 import statistics
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import splitnet
@@ -86,7 +88,7 @@ def plan_of(model: DecoderModel, cluster: Cluster, stages: int, *, dtype: str = 
         Transfer(a, b, (tensor,), codec if tensor == "hidden_states" else "raw")
         for a, b, tensor in zip(between, between[1:], tensors, strict=False)
     )
-    generation = Generation(CONTEXT, SESSIONS, VOCABULARY, kv, weights=dict.fromkeys(names, dtype), dtype=dtype)
+    generation = Generation(CONTEXT, SESSIONS, model.vocabulary, kv, weights=dict.fromkeys(names, dtype), dtype=dtype)
     return Plan(
         model.name, model.sha256, "throughput", tuple(NodeRef(node.name, node.address) for node in cluster.nodes[:stages]), tuple(specs), transfers, (ids,),
         (OutputSpec("tokens", answer),), max_in_flight=SESSIONS, generation=generation,
@@ -179,13 +181,13 @@ def bytes_per_token(folder: Path) -> None:
 
 
 def many_sessions(folder: Path) -> None:
-    model = model_of(folder, 512, 8)
+    model = model_of(folder, 1024, 12)
     with served(model, 2) as (bed, plan):
         address = plan.ingress.address
         asyncio.run(throughput(address, 8, 20))
         delay(bed, _ROUND_TRIP_S)
         alone_s = 1 / asyncio.run(throughput(address, 1, 20))
-        for sessions in (16, 48):
+        for sessions in (4, 12, 32):
             delay(bed, 0.0)
             asyncio.run(throughput(address, sessions, 8))  # the pipeline learns
             free = asyncio.run(throughput(address, sessions, 40))
@@ -198,6 +200,72 @@ def many_sessions(folder: Path) -> None:
                 f"   (a token alone takes {alone_s * 1e3:.1f} ms with delay: {least:.0f} sessions are needed; bound {min(1.0, sessions / least):.2f})",
                 flush=True,
             )
+
+
+def draft(folder: Path) -> None:
+    """The small model is the large one without all but one of its layers, which do little: their greedy texts agree most of the time. The text is drawn, so that it hardly repeats itself."""
+    model, (large, small) = model_of(folder / "large", 512, 8), (folder / "large", folder / "small")
+    config = json.loads((large / "config.json").read_text()) | {"num_hidden_layers": 1}
+    kept = {
+        name: tensor for name, tensor in load_file(large / "model.safetensors").items() if ".layers." not in name or ".layers.0." in name
+    }
+    small.mkdir()
+    save_file(kept, small / "model.safetensors")
+    (small / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "layer_types"}))
+    with served(model, 2) as (bed, plan), tempfile.TemporaryDirectory() as shards:
+        guessing = plan_of(load_decoder(str(small)), bed.cluster(), 1)
+        splitnet.deploy(guessing, cut_decoder(load_decoder(str(small)), guessing, shards), name="small")
+        with tempfile.TemporaryDirectory() as again:
+            splitnet.deploy(plan.with_draft("small"), cut_decoder(model, plan, again), name="drafted")
+
+        async def run(name: str) -> Spoken:
+            async with splitnet.AsyncClient(plan.ingress.address, name) as client:
+                await speak(client, text(40, 2), 20, temperature=1.0, seed=1)
+                return await speak(client, text(40, 3), 80, temperature=1.0, seed=3)
+
+        for round_trip_s in (0.0, 0.1):
+            delay(bed, round_trip_s)
+            plain, drafted = asyncio.run(run(NAME)), asyncio.run(run("drafted"))
+            print(
+                f"one session, round trip {round_trip_s * 1e3:.0f} ms: {1 / plain.per_token_s:.1f} tok/s plain, {1 / drafted.per_token_s:.1f} with a small model: "
+                f"{plain.per_token_s / drafted.per_token_s:.2f}x; the same tokens: {plain.tokens == drafted.tokens}",
+                flush=True,
+            )
+
+
+def split(folder: Path) -> None:
+    """Nodes of one thread each, whose stages one session has work in turn: against one node of one thread. 0.44 billion parameters."""
+    model = big_model(folder)
+    shapes = {"loopback": LinkShape(), "100 Mbit/s, 5 ms": LinkShape(12.5e6, 0.005), "20 Mbit/s, 40 ms": LinkShape(2.5e6, 0.04)}
+
+    async def run(address: str, rounds: int, count: int) -> tuple[float, float]:
+        async with splitnet.AsyncClient(address, NAME) as client:
+            await speak(client, text(64, 99), 4)
+            said = [await speak(client, text(512, seed), count, temperature=1.0, seed=seed) for seed in range(rounds)]
+        return statistics.median(each.times[1] - each.times[0] for each in said), statistics.median(each.per_token_s for each in said)
+
+    with served(model, 1) as (_, plan):
+        first_s, token_s = asyncio.run(run(plan.ingress.address, 3, 40))
+    print(f"whole, one thread: prefill of 512 {first_s:.2f} s, {1 / token_s:.2f} tok/s", flush=True)
+    with served(model, 2) as (bed, plan):
+        for name, shape in shapes.items():
+            bed.reshape(dataclasses.replace(bed.spec, default=shape))
+            first, token = asyncio.run(run(plan.ingress.address, 3, 40 if name == "loopback" else 3))
+            print(
+                f"two nodes, {name}: prefill {first:.2f} s, {first_s / first:.2f}x"
+                + (f"; decode {token_s / token:.3f} of the whole" if name == "loopback" else ""),
+                flush=True,
+            )
+
+
+def big_model(folder: Path) -> DecoderModel:
+    config = LlamaConfig(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=8, intermediate_size=4096, vocab_size=32000,
+        max_position_embeddings=CONTEXT,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return load_decoder(str(folder))
 
 
 def guesses(folder: Path) -> None:
@@ -268,7 +336,15 @@ def prefixes(folder: Path) -> None:
         asyncio.run(run())
 
 
-MEASUREMENTS = {"bytes": bytes_per_token, "sessions": many_sessions, "guesses": guesses, "stall": stall, "prefixes": prefixes}
+MEASUREMENTS = {
+    "bytes": bytes_per_token,
+    "sessions": many_sessions,
+    "split": split,
+    "guesses": guesses,
+    "draft": draft,
+    "stall": stall,
+    "prefixes": prefixes,
+}
 
 
 def main() -> None:

@@ -3,10 +3,12 @@
     python scripts/bench/pipelined.py [--mbit 5 20 100 1000] [--models cnn vit wide] [--codecs raw zstd bf16-zstd adaptive] [--rounds 1]
 
 Two nodes on the testbed, each with a share of a processor of its own, the client beside the first (its way is not shaped); the model is cut where
-half of its time has passed. In each round, in the same minute: each stage alone, deployed by itself on its node, with a client that keeps it busy (a stage that runs now
-and then is quicker: its node has saved up time); then the full pipeline with each codec, whose answers are counted while it is full. The bytes of a link
+half of its time has passed. The stages alone, each deployed by itself on its node with a client that keeps it busy (a stage that runs now and then is quicker: its node has saved
+up time), and the full pipeline with each codec are deployed at once and take turns: a machine that others use is not the same one a minute later. The bytes of a link
 are its counters' (payloads after the codec; frames and HTTP/2 come on top and count against the pipeline); its rate is what the relay was seen to
-let through before, when nothing but bytes was sent. The bound is the smaller of the two rates, the ratio is the median of the rounds' own.
+let through before, when nothing but bytes was sent. The bound is the smaller of the two rates, with the stages alone before and after the pipeline's turn; the ratio is the median of the rounds' own.
+Beside it stand the slowest stage while the other one works, too, but for itself ("together": what the two take from each other without any pipeline), and which part of its processor share the
+busiest node used while the pipeline was full: at 100% no scheduling of ours could do more.
 
 "adaptive" is the plan as the planner makes it, where links choose among codecs that the plan permits; all others are one codec on every transfer. "wide" makes 4 MiB
 out of little, and is bounded by the link at every bandwidth. Aim: at least 0.9.
@@ -15,9 +17,11 @@ out of little, and is bounded by the link at every bandwidth. Aim: at least 0.9.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
+import os
 import statistics
 import sys
 import tempfile
@@ -47,8 +51,8 @@ from splitnet.shard import Shard
 AIM = 0.9
 ADAPTIVE = "adaptive"
 NAME = "pipelined"
-_WARM_UP, _ALONE = 12, 6  # requests before it counts, at once and one by one: the nodes learn how many fill the pipeline
-_SPAN_S, _FEWEST = 3.0, 24  # of a full pipeline
+_WARM_UP, _ALONE = 10, 5  # requests before it counts, at once and one by one: the nodes learn how many fill the pipeline
+_SPAN_S, _FEWEST = 3.0, 20  # of a full pipeline
 
 Inputs = Mapping[str, np.ndarray]
 
@@ -65,15 +69,28 @@ class Wide(torch.nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Round:
-    slowest_s: float  # of the stages, alone
-    link_s: float  # of the links: bytes per request over the rate
-    request_bytes: int  # over the busiest link
+class Seen:
+    """One turn of a full pipeline."""
+
+    link_s: float  # of the busiest link: bytes per request over the rate
+    request_bytes: int  # over that link
     per_s: float
+    used: float  # the part of its share that the busiest node used
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    seen: Seen
+    slowest_s: float  # of the stages, alone
+    together_s: float  # of the stages, each by itself, at the same time
+
+    @property
+    def bound_s(self) -> float:
+        return max(self.slowest_s, self.seen.link_s)
 
     @property
     def ratio(self) -> float:
-        return self.per_s * max(self.slowest_s, self.link_s)
+        return self.seen.per_s * self.bound_s
 
 
 def bed_of(mbit: float, latency_ms: float, cpu: float) -> BedSpec:
@@ -111,7 +128,7 @@ def with_codec(plan: Plan, codec: str) -> Plan:
     )
 
 
-def alone(plan: Plan, stage: StageSpec) -> Plan:
+def alone_plan(plan: Plan, stage: StageSpec) -> Plan:
     """That stage and no other, on its node, between the client and the client."""
     outputs = tuple(OutputSpec(spec.name, spec) for spec in stage.outputs)
     there = Transfer(CLIENT, stage.name, tuple(spec.name for spec in stage.inputs))
@@ -153,46 +170,85 @@ def full(client: splitnet.Client, inputs: Inputs, span_s: float) -> tuple[float,
     return (len(steady) - 1) / (steady[-1] - steady[0]), len(arrivals)
 
 
-def stages_alone(bed: Testbed, plan: Plan, shards: Mapping[str, Shard]) -> float:
-    """Seconds per request of the slowest stage, when it has its node's whole share for as long as it wants."""
-    slowest_s = 0.0
-    for stage in plan.stages:
-        with served(bed, alone(plan, stage), {stage.name: shards[stage.name]}, f"{NAME}-{stage.name}") as (client, inputs):
-            slowest_s = max(slowest_s, 1 / full(client, inputs, _SPAN_S / 2)[0])
-    return slowest_s
-
-
-def measured(plan: Plan, slowest_s: float, client: splitnet.Client, inputs: Inputs, bytes_per_s: float) -> Round:
+def measured(bed: Testbed, plan: Plan, client: splitnet.Client, inputs: Inputs, bytes_per_s: float) -> Seen:
     def sent() -> dict[str, int]:
         return {f"{node.name}->{link.target}": link.sent_bytes for node in splitnet.status(plan) for link in node.links}
 
-    before = sent()
+    before, used = sent(), Used(bed)
     per_s, count = full(client, inputs, _SPAN_S)
+    share = used.shares()
     most = max(size - before.get(link, 0) for link, size in sent().items()) / count
-    return Round(slowest_s, most / bytes_per_s, round(most), per_s)
+    return Seen(most / bytes_per_s, round(most), per_s, max(share.values()))
+
+
+class Used:
+    """Which part of its share each node has used since this was made."""
+
+    def __init__(self, bed: Testbed) -> None:
+        self._bed = bed
+        self._at_s, self._before = time.perf_counter(), self._read()
+
+    def _read(self) -> dict[str, float]:
+        return {node.name: processor_s(self._bed.pid(node.name)) for node in self._bed.spec.nodes}
+
+    def shares(self) -> dict[str, float]:
+        past_s, now = time.perf_counter() - self._at_s, self._read()
+        return {node.name: (now[node.name] - self._before[node.name]) / past_s / (node.cpu or 1.0) for node in self._bed.spec.nodes}
+
+
+def processor_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def together(alone: Sequence[tuple[splitnet.Client, Inputs]]) -> float:
+    """Seconds per request of the slowest stage, when each has its node's share and no stage waits for another."""
+    with concurrent.futures.ThreadPoolExecutor(len(alone)) as pool:
+        return max(1 / per_s for per_s, _ in pool.map(lambda one: full(*one, _SPAN_S / 2), alone))
+
+
+def slowest(alone: Sequence[tuple[splitnet.Client, Inputs]]) -> float:
+    return max(1 / full(client, inputs, _SPAN_S / 2)[0] for client, inputs in alone)
 
 
 def rounds_of(
     subject: Subject, cluster: Cluster, shapes: Mapping[float, BedSpec], rates: Mapping[float, float], codecs: Sequence[str], rounds: int
 ) -> dict[tuple[float, str], list[Round]]:
-    """By Mbit/s and codec. The stages alone before and after each round: of two figures the quicker, which is what the machine could do."""
+    """By Mbit/s and codec. All are deployed at once and take turns: before and after each turn of a pipeline the stages alone, whose mean is what the
+    machine could do meanwhile."""
     bed, found = subject.bed, dict[tuple[float, str], list[Round]]()
     plans = {}
     for mbit, spec in shapes.items():
         known = dataclasses.replace(cluster, links=spec.cluster(bed.addresses).links)  # the links as configured, the nodes as measured
         plans[mbit] = subject.cut_at(known, [cut_of(subject)], ["a", "b"])
-    some = next(iter(plans.values()))
-    with tempfile.TemporaryDirectory(prefix="splitnet-pipelined-") as folder:
+    some, widest = next(iter(plans.values())), shapes[max(shapes)]
+    with tempfile.TemporaryDirectory(prefix="splitnet-pipelined-") as folder, contextlib.ExitStack() as stack:
         shards = partitioner.cut(subject.model, some, folder)
-        for _ in range(rounds):
-            before_s, seen = stages_alone(bed, some, shards), dict[tuple[float, str], Round]()
-            for (mbit, plan), codec in itertools.product(plans.items(), codecs):
-                bed.reshape(shapes[mbit])
-                with served(bed, with_codec(plan, codec), shards, NAME) as (client, inputs):
-                    seen[mbit, codec] = measured(plan, before_s, client, inputs, rates[mbit])
-            slowest_s = min(before_s, stages_alone(bed, some, shards))
-            for case, one in seen.items():
-                found.setdefault(case, []).append(dataclasses.replace(one, slowest_s=slowest_s))
+        bed.reshape(widest)
+        alone = [
+            stack.enter_context(served(bed, alone_plan(some, stage), {stage.name: shards[stage.name]}, f"{NAME}-{stage.name}"))
+            for stage in some.stages
+        ]
+        for mbit, plan in plans.items():
+            bed.reshape(shapes[mbit])
+            with contextlib.ExitStack() as served_here:
+                serving = {codec: served_here.enter_context(served(bed, with_codec(plan, codec), shards, NAME + codec)) for codec in codecs}
+                for _ in range(rounds):
+                    bed.reshape(widest)
+                    before_s, both_s = slowest(alone), together(alone)
+                    for codec, (client, inputs) in serving.items():
+                        bed.reshape(shapes[mbit])
+                        seen = measured(bed, plan, client, inputs, rates[mbit])
+                        bed.reshape(widest)
+                        after_s = slowest(alone)
+                        one = Round(seen, (before_s + after_s) / 2, both_s)
+                        found.setdefault((mbit, codec), []).append(one)
+                        print(
+                            f"  {mbit:g} Mbit/s, {codec}: {seen.per_s * one.bound_s:.3f} of {seconds_text(one.bound_s)}; together "
+                            f"{seconds_text(both_s)}, link {seconds_text(seen.link_s)}, busiest node at {seen.used:.0%} of its share",
+                            flush=True,
+                        )
+                        before_s = after_s
     return found
 
 
@@ -203,10 +259,10 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["cnn", "vit", "wide"], choices=("cnn", "vit", "bert", "wide"))
     parser.add_argument("--codecs", nargs="+", default=["raw", "bf16-zstd", ADAPTIVE])
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--cpu", type=float, default=0.75, help="each node's share of a processor")
+    parser.add_argument("--cpu", type=float, default=0.5, help="each node's share of a processor: relay and client need the rest of two")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [("model", "link", "codec", "bytes", "stage alone", "link", "bound", "seen", "ratio", "rounds")]
+    rows = [("model", "link", "codec", "bytes", "stage alone", "together", "link", "bound", "seen", "share used", "ratio", "rounds")]
     ratios = []
     with hurried(), Testbed(bed_of(arguments.mbit[0], arguments.latency_ms, arguments.cpu)) as bed:
         for note in bed.notes:
@@ -224,11 +280,11 @@ def main() -> None:
             for (mbit, codec), found in rounds_of(subject, cluster, shapes, rates, arguments.codecs, arguments.rounds).items():
                 ratios.append(statistics.median(r.ratio for r in found))
                 middle = sorted(found, key=lambda r: r.ratio)[len(found) // 2]
-                bound = "stage" if middle.slowest_s > middle.link_s else "link"
+                seen, bound = middle.seen, "stage" if middle.slowest_s > middle.seen.link_s else "link"
                 rows.append(
                     (
-                        kind, f"{mbit:g} Mbit/s", codec, bytes_text(middle.request_bytes), seconds_text(middle.slowest_s), seconds_text(middle.link_s), bound,
-                        f"{middle.per_s:.2f}/s", f"{ratios[-1]:.3f}", " ".join(f"{r.ratio:.2f}" for r in found),
+                        kind, f"{mbit:g} Mbit/s", codec, bytes_text(seen.request_bytes), seconds_text(middle.slowest_s), seconds_text(middle.together_s),
+                        seconds_text(seen.link_s), bound, f"{seen.per_s:.2f}/s", f"{seen.used:.0%}", f"{ratios[-1]:.3f}", " ".join(f"{r.ratio:.2f}" for r in found),
                     )
                 )  # fmt: skip
                 print("  ".join(rows[-1]), flush=True)

@@ -2,8 +2,9 @@
 
     python scripts/bench/predicted.py [--beds gigabit-lan,4g,...] [--models cnn,vit,bert] [--seed 0] [--json FILE]
 
-Links are probed and operators timed by the nodes themselves, under their CPU shares; nothing is fitted to the outcome. An error is
-predicted / measured - 1; the means are of its absolute value. About eight minutes.
+Links are probed and operators timed by the nodes themselves, under their CPU shares; nothing is fitted to the outcome. Operators are timed
+before, between and after the rounds in which plans are measured, because the speed of a shared box drifts. An error is
+predicted / measured - 1; the means are of its absolute value. About half an hour.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def run_bed(preset: str, kinds: list[str], generator: random.Random) -> list[tup
         for kind in kinds:
             model = partitioner.load_model(f"py:testbed.models:{kind}")
             subject = Subject.measure(bed, model, cluster)
-            for stages in BEDS[preset]:
-                outcome = subject.outcome(random_plan(subject, cluster, stages, generator))
+            plans = [random_plan(subject, cluster, stages, generator) for stages in BEDS[preset]]
+            for outcome in subject.outcomes(cluster, plans):
                 outcomes.append((preset, kind, outcome))
                 print("\n".join(outcome.lines(f"{kind} on {preset}")), flush=True)
     return outcomes

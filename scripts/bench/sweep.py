@@ -4,7 +4,7 @@
 
 The input arises on the device; the server alone gets it over the link. All plans of one bandwidth are served at the same time and measured in
 turns. The last column is the chosen plan's measured time by that of the best single device: 1.00 where the planner chose that device, below it
-where splitting pays. About two minutes for each model and objective.
+where splitting pays. About four minutes for each model and objective.
 """
 
 from __future__ import annotations

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
+from fuzzing.http import http_bodies, http_requests, http_target
 from nodes.engines.decoder.steps import Sampling, Step
 from nodes.generation.orders import Fork, Orders, decode_orders, encode_orders
 from splitnet import wire
+from splitnet.bundle import open_bundle, write_bundle
 from splitnet.cluster import Cluster, ClusterCredentials, ClusterNode, Link
 from splitnet.codecs import codec_names, get_codec
 from splitnet.decoder_format import DecoderSpec
@@ -63,6 +65,12 @@ def targets(folder: Path) -> dict[str, Target]:
 
         return run
 
+    def bundle(data: bytes) -> None:
+        scratch.write_bytes(data)
+        with open_bundle(scratch):
+            pass
+
+    answered = http_target(folder)
     found = [
         Target("frame", _frame, _frames()),
         Target("codec", _codec, _payloads()),
@@ -71,6 +79,9 @@ def targets(folder: Path) -> dict[str, Target]:
         Target("graph", parse_graph, (graph,)),
         Target("weights", in_file(read_header), (weights, save({"a": np.zeros((2, 3), np.float16), "b": np.zeros(0, np.int64)}))),
         Target("packed", in_file(open_packed), (packed, _zip({"a": b"x" * 100})), 0.1),
+        Target("bundle", bundle, (_bundle(folder),), 0.1),
+        Target("http", answered, http_requests(), 0.3),
+        Target("request", lambda body: answered(http_requests(body)[0]), http_bodies(), 0.3),
         Target("onnx", read_onnx, (_onnx(),)),
         Target("decoder", DecoderSpec.from_bytes, (_decoder().to_bytes(),)),
         Target("plan", Plan.from_json, (_plan().to_json().encode(),), 0.3),
@@ -161,6 +172,21 @@ def _shard(folder: Path) -> tuple[Shard, bytes, bytes]:
         members={"graph.json": graph, "weights.safetensors": weights}, param_bytes=64, activation_bytes=100,
     )  # fmt: skip
     return shard, graph, weights
+
+
+def _bundle(folder: Path) -> bytes:
+    plan, shards = _plan(), {}
+    for stage in plan.stages:
+        shards[stage.name] = write_shard(
+            folder / "bundled" / stage.name, model=plan.model, model_sha256=plan.model_sha256, stage=stage.name, engine="torch-graph",
+            inputs=stage.inputs, outputs=stage.outputs, members={"graph.json": _relu(stage.inputs[0].name, stage.outputs[0].name), "weights.safetensors": save({})},
+            param_bytes=0, activation_bytes=100,
+        )  # fmt: skip
+    return write_bundle(plan, shards, folder / "plan.bundle").read_bytes()
+
+
+def _relu(given: str, made: str) -> bytes:
+    return GraphDocument((Input(given, "tensor"),), {}, (Operator("aten.relu.default", (Ref(given),), {}, made),), (made,)).to_bytes()
 
 
 def _zip(members: dict[str, bytes]) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import partitioner
 import splitnet
 from partitioner.bandwidth import probe
 from partitioner.benching import BenchReport
-from partitioner.profiling import Profile
+from partitioner.profiling import Column, Profile
 from partitioner.profiling_nodes import Options
 from splitnet.cluster import Cluster
 from splitnet.explain import seconds_text
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Outcome", "Subject", "probed"]
 
-_FEWEST, _MOST = 5, 60
+_FEWEST, _MOST = 5, 60  # requests of a round
+_ROUNDS = 3  # a box in a data centre computes now a quarter faster and now slower, for seconds or minutes on end
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +85,26 @@ class Subject:
     profile: Profile
 
     @classmethod
-    def measure(cls, bed: Testbed, model: ModelGraph, cluster: Cluster, budget_s: float = 5.0) -> Subject:
-        """`budget_s` for each kind of node."""
+    def measure(cls, bed: Testbed, model: ModelGraph, cluster: Cluster, budget_s: float = 5.0, repeats: int = 10) -> Subject:
+        """`budget_s` for each kind of node; `repeats` on this machine."""
         with bed.free_for_clients():
-            return cls(bed, model, partitioner.profile(model, cluster=cluster, options=Options(budget_s=budget_s)))
+            return cls(bed, model, partitioner.profile(model, cluster=cluster, options=Options(budget_s=budget_s), repeats=repeats))
+
+    def measured_again(self, cluster: Cluster, budget_s: float) -> Profile:
+        """As `measure`, now."""
+        return Subject.measure(self.bed, self.model, cluster, budget_s, 1).profile
+
+    def with_median(self, profiles: Sequence[Profile]) -> Subject:
+        """Operator by operator, and the pace of a full pipeline likewise: the speed of a shared box drifts."""
+
+        def column(name: str) -> Column:
+            several = [profile.columns[name] for profile in profiles]
+            seconds = tuple(statistics.median(each) for each in zip(*(c.seconds for c in several), strict=True))
+            busy_s = statistics.median(c.sustained * math.fsum(c.seconds) for c in several)
+            return Column(seconds, f"{several[0].how}; median of {len(several)} times", busy_s / math.fsum(seconds))
+
+        columns = {name: column(name) for name in profiles[0].columns}
+        return dataclasses.replace(self, profile=dataclasses.replace(profiles[0], columns=columns))
 
     def alone(self, cluster: Cluster, node: str) -> Plan:
         """The plan that runs everything on one node."""
@@ -110,22 +128,62 @@ class Subject:
         finally:
             splitnet.undeploy(plan, name)
 
+    def outcomes(self, cluster: Cluster, plans: Sequence[Plan], *, budget_s: float = 4.0, profile_s: float = 4.0) -> list[Outcome]:
+        """Serves the plans, which were made by `cut_at` or `alone`, and measures each in three rounds: for about `budget_s` with requests one by
+        one, and again with many at once. The model is profiled again after each round (`profile_s` for each kind of node), nothing of ours being
+        served then: speed that drifts drifts for both. Predictions are made from the medians of the profiles, and compared with those of the rounds."""
+        profiles, reports = [self.profile], [list[BenchReport]() for _ in plans]
+        with contextlib.ExitStack() as stack:
+            served = [stack.enter_context(self.deployed(plan, f"testbed-{k}")) for k, plan in enumerate(plans)]
+            for _ in range(_ROUNDS):
+                for k, plan in enumerate(served):
+                    reports[k].append(partitioner.bench(plan, deployment=f"testbed-{k}", requests=_requests(plan, budget_s)))
+                profiles.append(self.measured_again(cluster, profile_s))
+        whole = self.with_median(profiles)
+        return [_outcome(whole.again(cluster, plan), found) for plan, found in zip(served, reports, strict=True)]
+
+    def again(self, cluster: Cluster, plan: Plan) -> Plan:
+        """The same stages, nodes and codecs, predicted from this profile."""
+        nodes = [stage.node for stage in plan.stages]
+        only = dataclasses.replace(cluster, nodes=(cluster.node(nodes[0]),), links=()) if len(nodes) == 1 else cluster
+        place = {stage.name: stage.node for stage in plan.stages}
+        codecs: dict[tuple[str, str], list[str]] = {}
+        for t in plan.transfers:
+            if t.source in place and t.target in place and place[t.source] != place[t.target]:
+                codecs.setdefault((place[t.source], place[t.target]), []).append(t.codec)
+        cuts = [stage.operators[0] for stage in plan.stages[1:]]
+        if cuts:
+            found = partitioner.plan(self.profile, only, objective="throughput", at=cuts, nodes=nodes, link_codecs=codecs)
+        else:
+            found = partitioner.plan(self.profile, only, stages=1)
+        assert [(s.node, s.operators) for s in found.stages] == [(s.node, s.operators) for s in plan.stages], "cut elsewhere"
+        return found
+
     def outcome(
         self, plan: Plan, *, extra_latency_s: float | None = None, extra_bottleneck_s: float = 0.0, budget_s: float = 4.0
     ) -> Outcome:
         """Serves the plan and measures it, for about `budget_s` with requests one by one, and again with many at once. `extra...`: what the
         client's own way to the ingress adds to the prediction (default: what `bench` finds)."""
-        assert plan.prediction is not None
-        latency_s = plan.prediction.latency_s + (extra_latency_s or 0.0)
-        bottleneck_s = max(1 / plan.prediction.throughput_per_s, extra_bottleneck_s)
-        requests = min(max(math.ceil(budget_s / max(latency_s, bottleneck_s)), _FEWEST), _MOST)
         with self.deployed(plan) as served:
-            report = partitioner.bench(served, deployment="testbed", requests=requests)
-        return Outcome(
-            served,
-            report,
-            latency_s + report.client_s if extra_latency_s is None else latency_s,
-            report.latency_p50_s,
-            1 / bottleneck_s,
-            report.throughput_per_s,
-        )
+            report = partitioner.bench(served, deployment="testbed", requests=_requests(served, budget_s))
+        return _outcome(served, [report], extra_latency_s, extra_bottleneck_s)
+
+
+def _requests(plan: Plan, budget_s: float) -> int:
+    assert plan.prediction is not None
+    each_s = max(plan.prediction.latency_s, 1 / plan.prediction.throughput_per_s)
+    return min(max(math.ceil(budget_s / each_s), _FEWEST), _MOST)
+
+
+def _outcome(plan: Plan, reports: Sequence[BenchReport], extra_latency_s: float | None = None, extra_bottleneck_s: float = 0.0) -> Outcome:
+    assert plan.prediction is not None
+    report = sorted(reports, key=lambda r: r.throughput_per_s)[len(reports) // 2]
+    extra_s = statistics.median(r.client_s for r in reports) if extra_latency_s is None else extra_latency_s
+    return Outcome(
+        plan,
+        report,
+        plan.prediction.latency_s + extra_s,
+        statistics.median(r.latency_p50_s for r in reports),
+        min(plan.prediction.throughput_per_s, 1 / extra_bottleneck_s if extra_bottleneck_s else math.inf),
+        report.throughput_per_s,
+    )

@@ -71,18 +71,22 @@ def sweep(
     budget_s: float = 4.0,
     margin: float = MARGIN,
 ) -> Iterator[Point]:
-    """Starts the testbed, profiles the model on its nodes once, and yields a point per bandwidth, in the given order.
+    """Starts the testbed, and yields a point per bandwidth, in the given order. The model is profiled on its nodes three times at first and
+    once more before each point; medians of all so far count, because the speed of a shared box drifts.
 
     The client stands where the file says. Where that is a node, the input arises there: whoever else runs the first stage gets it over that node's
-    link, and the answer goes back over it, which counts in the prediction and is really done. `budget_s`: for each node in the profile, and for
+    link, and the answer goes back over it, which counts in the prediction and is really done. `budget_s`: for each node in the first profile, and for
     each plan that is measured. `margin`: see `partitioner.worthwhile`."""
     with Testbed(spec) as bed:
         for note in bed.notes:
             say(f"note: {note}")
-        subject = Subject.measure(bed, model, probed(bed, budget_s / 4), budget_s)
+        first = probed(bed, budget_s / 4)
+        subject = Subject.measure(bed, model, first, budget_s)
+        profiles = [subject.profile, *(subject.measured_again(first, budget_s / 2) for _ in range(2))]
         for bandwidth in bandwidths_bytes_per_s:
+            profiles.append(subject.measured_again(first, budget_s / 2))
             bed.reshape(spec.at_bandwidth(bandwidth))
-            yield _point(subject, probed(bed, budget_s / 4), bandwidth, objective, budget_s, margin)
+            yield _point(subject.with_median(profiles), probed(bed, budget_s / 4), bandwidth, objective, budget_s, margin)
 
 
 def _point(subject: Subject, cluster: Cluster, bandwidth: float, objective: str, budget_s: float, margin: float) -> Point:

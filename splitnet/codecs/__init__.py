@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from splitnet.codecs.base import Buffer, Codec
 from splitnet.codecs.cast import BFloat16, BFloat16Zstd, Float16, Float16Zstd
-from splitnet.codecs.coarse import Clip2, Clip3, Clip4, Step4
+from splitnet.codecs.coarse import Clip2, Clip3, Clip4, Step4, Wide2
 from splitnet.codecs.delta import Delta
 from splitnet.codecs.groups import Int4, Int4Zstd, Int8, Int8Zstd
 from splitnet.codecs.lossless import ShuffleZstd, ZeroMask
@@ -18,7 +18,7 @@ _CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
         Raw(), ShuffleZstd(), ZeroMask(), BFloat16(), BFloat16Zstd(), Float16(), Float16Zstd(),
-        Int8(), Int8Zstd(), Int4(), Int4Zstd(), Hadamard4(), Hadamard4Zstd(), Step4(), Clip4(), Clip3(), Clip2(),
+        Int8(), Int8Zstd(), Int4(), Int4Zstd(), Hadamard4(), Hadamard4Zstd(), Step4(), Clip4(), Clip3(), Clip2(), Wide2(),
         Delta(),
     )
 }  # fmt: skip

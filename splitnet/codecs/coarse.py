@@ -17,7 +17,7 @@ from splitnet.codecs.codes import blocks, pack_codes, packed_bytes, unpack_codes
 from splitnet.codecs.lossy import Lossy
 from splitnet.codecs.sections import SectionReader, SectionWriter
 
-__all__ = ["Clip2", "Clip3", "Clip4", "Step4"]
+__all__ = ["Clip2", "Clip3", "Clip4", "Step4", "Wide2"]
 
 _STEP = struct.Struct("<Bf")
 
@@ -30,6 +30,9 @@ class _Coarse(Lossy):
     bits: ClassVar[int]
     positive_step: ClassVar[float]  #: times the root mean square of what is not zero
     signed_step: ClassVar[float]
+    zone: ClassVar[float] = (
+        0.5  #: what lies closer to zero than so many steps becomes zero; beyond it too, numbers are rounded up only above this
+    )
 
     def _pack(self, values: np.ndarray, writer: SectionWriter) -> None:
         self._write(values, *self._step(values), writer)
@@ -90,6 +93,16 @@ class Clip2(_Coarse):
     bits: ClassVar[int] = 2
     positive_step: ClassVar[float] = 1.8
     signed_step: ClassVar[float] = 1.224
+    bound: ClassVar[str] = _BOUND.format(3, positive_step, 1, signed_step)
+
+
+class Wide2(_Coarse):
+    """The levels of `clip2` further apart: fewer of the numbers are anything but zero. For activations of which few are zeros already, as after pooling."""
+
+    name: ClassVar[str] = "wide2"
+    bits: ClassVar[int] = 2
+    positive_step: ClassVar[float] = 2.3
+    signed_step: ClassVar[float] = 1.6
     bound: ClassVar[str] = _BOUND.format(3, positive_step, 1, signed_step)
 
 

@@ -37,10 +37,11 @@ class ZeroMask(Lossless):
 
     def encode(self, chunk: np.ndarray) -> Buffer:
         writer, bits = SectionWriter(), planes.bits_of(chunk)
-        count = int(np.count_nonzero(bits))
+        mask = bits != 0
+        count = int(np.count_nonzero(mask))
         masked = (bits.size - count) * bits.itemsize > bits.size // 8 + 16
         writer.byte(masked)
-        writer.add(planes.write_mask(bits, count, writer) if masked else bits, compress=False)
+        writer.add(planes.write_mask(bits, mask, count, writer) if masked else bits, compress=False)
         return writer.payload()
 
     def decode(self, payload: memoryview, out: np.ndarray) -> None:

@@ -21,6 +21,7 @@ from splitnet.plan import Plan
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from splitnet.install import Deployed
     from splitnet.installation import Progress
     from splitnet.rollout import Updated
 
@@ -109,7 +110,18 @@ class Percentage(click.ParamType[float]):
     type=click.IntRange(min=0),
     help="Send requests of more rows through the pipeline in pieces of this many, for the same kind of models.  [default: as the plan says, else 0: whole]",
 )
+@click.option(
+    "--sessions",
+    type=click.IntRange(1),
+    help="How many requests at once (of a model that generates: sessions of full length, with their caches) it reserves on its nodes.  [default: as the plan says]",
+)
+@click.option("--exclusive", is_flag=True, help="Reserve the nodes' threads: they take no other deployment beside this one.")
 @click.option("--fixed-codecs", is_flag=True, help="Keep the plan's codecs, whatever becomes of the links.")
+@click.option(
+    "--draft",
+    default="",
+    help="Of a model that generates: the deployment of a small model with the same vocabulary, whole on the first stage's node, that guesses what comes next.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def deploy(
     plan: Path | None,
@@ -126,7 +138,10 @@ def deploy(
     max_batch: int | None,
     max_delay: float | None,
     microbatch: int | None,
+    sessions: int | None,
+    exclusive: bool,
     fixed_codecs: bool,
+    draft: str,
     as_json: bool,
 ) -> None:
     """Ship the shards of a PLAN to its nodes, verify and activate them.
@@ -160,6 +175,8 @@ def deploy(
         raise click.UsageError(f"{alone[0]} goes with --update")
     with _material(plan, shards, bundle_file) as (loaded, opened):
         loaded = loaded.with_fixed_codecs() if fixed_codecs else loaded
+        loaded = loaded.reserving(sessions or loaded.sessions, exclusive=exclusive or loaded.exclusive)
+        loaded = loaded.with_draft(draft) if draft else loaded
         batching = _batching(loaded.batching, max_batch, max_delay, microbatch)
         if not update:
             _deploy(loaded, opened, name, batching, as_json)
@@ -267,7 +284,9 @@ def _deploy(plan: Plan, shards: Mapping[str, Any] | Path, name: str, batching: B
         click.echo(json.dumps(dataclasses.asdict(deployed), indent=1, sort_keys=True))
         return
     click.echo(f"deployed {deployed.name!r}: send requests to {deployed.ingress}")
-    _show_nodes(plan, deployed.sent_bytes, deployed.load_s)
+    for reason in deployed.not_taken:
+        click.echo(f"sent from here, for it could not be taken from there: {reason}", err=True)
+    _show_nodes(plan, deployed)
 
 
 def _show_update(updated: Updated, plan: Plan, as_json: bool) -> None:
@@ -286,7 +305,7 @@ def _show_update(updated: Updated, plan: Plan, as_json: bool) -> None:
         kept = f"generation {updated.kept} is kept for `splitnet rollback`" if updated.kept else "nothing is kept to roll back to"
         click.echo(f"updated {updated.name!r} to generation {updated.generation}: send requests to {updated.ingress}; {kept}")
     _show_cancelled(updated)
-    _show_nodes(plan, updated.sent_bytes, updated.load_s)
+    _show_nodes(plan, updated)
 
 
 def _show_cancelled(updated: Updated) -> None:
@@ -294,11 +313,14 @@ def _show_cancelled(updated: Updated) -> None:
         click.echo(f"{updated.cancelled} requests were cancelled: they were not done within --drain", err=True)
 
 
-def _show_nodes(plan: Plan, sent_bytes: Mapping[str, int], load_s: Mapping[str, float]) -> None:
-    rows: list[Sequence[str]] = [("node", "stages", "sent", "loaded in")]
-    for node, sent in sent_bytes.items():
+def _show_nodes(plan: Plan, done: Deployed | Updated) -> None:
+    rows: list[Sequence[str]] = [("node", "stages", "sent", "from other nodes", "loaded in")]
+    for node, sent in done.sent_bytes.items():
         stages = ", ".join(stage.name for stage in plan.stages if stage.node == node)
-        rows.append((node, stages, size_text(sent) if sent else "nothing new", f"{load_s[node]:.2f} s"))
+        taken = done.taken_bytes.get(node, 0)
+        rows.append(
+            (node, stages, size_text(sent) if sent else "nothing new", size_text(taken) if taken else "", f"{done.load_s[node]:.2f} s")
+        )
     print_table(rows)
 
 

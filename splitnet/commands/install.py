@@ -16,7 +16,7 @@ from splitnet.commands.showing import print_table, size_text, where_of
 from splitnet.generations import generation_key
 
 if TYPE_CHECKING:
-    from splitnet.node_status import DeploymentStatus, LinkStatus, NodeStatus
+    from splitnet.node_status import DeploymentStatus, GenerationStatus, LinkStatus, NodeStatus
 
 __all__ = ["status", "unload"]
 
@@ -75,6 +75,7 @@ def unload(name: str, where: Path, drain_s: float, delete_blobs: bool, as_json: 
 
 
 def _show(nodes: Sequence[NodeStatus]) -> None:
+    reserved: list[str] = []
     rows: list[Sequence[str]] = [
         (
             "node",
@@ -100,6 +101,10 @@ def _show(nodes: Sequence[NodeStatus]) -> None:
             continue
         limit = f" of {size_text(node.memory_limit_bytes)}" if node.memory_limit_bytes else ""
         notes = (" draining" if node.draining else "") + (" INSECURE" if node.insecure else "")
+        if node.sessions_reserved:
+            most = f" of {node.sessions_limit}" if node.sessions_limit else ""
+            alone = ", threads exclusively" if any(d.exclusive for d in node.deployments) else ""
+            reserved.append(f"{node.name} has reserved {node.sessions_reserved}{most} requests at once{alone}")
         left = [node.name + notes, node.address, node.device, size_text(node.memory_used_bytes) + limit]
         work = [
             (
@@ -114,6 +119,7 @@ def _show(nodes: Sequence[NodeStatus]) -> None:
             for s in deployment.stages
         ]
         work += [(f"{d.name}: moved to {d.moved_to}", "", "", "", "", "") for d in node.deployments if d.state == "moved"]
+        work += [(f"{_key(d)} (being restored from disk)", "", "", "", "", "") for d in node.deployments if d.state == "restoring"]
         links = [_link(link) for link in node.links]
         for i in range(max(1, len(work), len(links))):
             row = (
@@ -123,10 +129,21 @@ def _show(nodes: Sequence[NodeStatus]) -> None:
             )
             rows.append(row)
     print_table(rows)
+    for line in reserved:
+        click.echo(line)
     if any(deployment.ingress for node in nodes for deployment in node.deployments):
         click.echo("* takes the requests of clients")
     for name, how in {_key(d): how for node in nodes for d in node.deployments if (how := _how_batched(d.batching))}.items():
         click.echo(f"{name}: {how}")
+    for node in nodes:
+        for d in node.deployments:
+            if d.generating is not None and d.state != "moved":
+                click.echo(f"{_key(d)}: {_generating(d.generating)}")
+    for node in nodes:
+        for d in node.deployments:
+            if d.noise is not None and d.ingress:
+                gone = f"{d.released} {d.noise.per}{'s' * (d.released != 1)} have left {node.name} with it"
+                click.echo(f"{_key(d)}: what other nodes see is {d.noise.promise()}, norms up to {d.noise.clip_norm:g}; {gone}")
     told = sorted(((event.time_s, node.name, event) for node in nodes for event in node.events), key=lambda one: one[:2])[-_EVENTS:]
     for time_s, name, event in told:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_s))
@@ -160,6 +177,24 @@ def _called(deployment: DeploymentStatus) -> str:
 
 def _in_flight(deployment: DeploymentStatus) -> str:
     return str(deployment.in_flight) + (f" ({deployment.waiting} in line)" if deployment.waiting else "")
+
+
+def _generating(said: GenerationStatus) -> str:
+    parts = [
+        f"{said.sessions} sessions, {size_text(said.used_bytes)} of {size_text(said.cache_bytes)} KV cache promised"
+        + (f", {said.kept} ended ones kept" if said.kept else "")
+    ]
+    if said.new_tokens:
+        parts.append(f"{said.new_tokens} tokens in {said.answers} answers, {said.tokens_per_s:.3g} tokens/s lately")
+    if said.ttft_s:
+        parts.append(
+            f"first token after {said.ttft_s * 1e3:.3g} ms" + (f", {said.tpot_s * 1e3:.3g} ms for each more" if said.tpot_s else "")
+        )
+    if said.cached_tokens:
+        parts.append(f"{said.cached_tokens} of {said.prompt_tokens} prompt tokens were known")
+    if said.drafted_tokens:
+        parts.append(f"{said.accepted_tokens} of {said.drafted_tokens} guesses were right")
+    return "; ".join(parts)
 
 
 def _how_batched(batching: Batching) -> str:

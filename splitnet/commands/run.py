@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +69,7 @@ def run(
     written = _files_for(requests, output) if output is not None else None
     name = deployment or _deployed(loaded, timeout_s)
     with Client(loaded.ingress.address, name, timeout_s=timeout_s) as client:
+        noise = client.describe().noise
         answers = client.stream((_read(loaded, request) for request in requests), window=window)
         for index, request in enumerate(requests):
             try:
@@ -81,9 +82,13 @@ def run(
                 write_arrays(written[index], outputs)
             if as_json:
                 answer = {"input": request.label, "outputs": {name: to_json(array) for name, array in outputs.items()}}
+                if noise is not None:
+                    answer["privacy"] = asdict(noise)
                 click.echo(json.dumps(answer, allow_nan=False))
             else:
                 _show(request, outputs, written[index] if written is not None else None)
+                if noise is not None:
+                    click.echo(f"  what other nodes saw of it is {noise.promise()}")
 
 
 def _requests(plan: Plan, arguments: Sequence[str]) -> list[_Request]:

@@ -83,9 +83,14 @@ class Fields:
 
 
 def parse_json(body: bytes) -> Fields:
-    """The object that a body holds. Raises ApiError 400."""
+    """The object that a body holds, in UTF-8. Raises ApiError 400, also for half of a surrogate pair: JSON can write it, and it is no text."""
     try:
-        value = json.loads(body, parse_constant=_no_constant)
+        text = body.decode("utf-8-sig")
+        value = json.loads(text, parse_constant=_no_constant)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, "The body of the request holds half of a surrogate pair, which is no character.", code="invalid_json") from None
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"The body of the request is not valid JSON: {error}"[:300], code="invalid_json") from None
     if not isinstance(value, dict):

@@ -18,9 +18,9 @@ from splitnet.errors import BadInput, NotPermitted
 from splitnet.gateway.asgi import Edge
 from splitnet.security.credentials import is_loopback
 
-__all__ = ["GatewayConfig", "GatewayServer"]
+__all__ = ["LONGEST_HEAD", "GatewayConfig", "GatewayServer"]
 
-_LONGEST_HEAD = 16 << 10  # bytes of a request's line and headers
+LONGEST_HEAD = 16 << 10  #: bytes of a request's line and headers
 _KEEP_ALIVE_S = 30
 
 
@@ -73,7 +73,7 @@ class GatewayServer:
             settings = uvicorn.Config(
                 edge,
                 http="h11", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False, proxy_headers=False,
-                timeout_keep_alive=_KEEP_ALIVE_S, timeout_graceful_shutdown=max(1, round(config.drain_s)), h11_max_incomplete_event_size=_LONGEST_HEAD, **tls,  # type: ignore[arg-type]
+                timeout_keep_alive=_KEEP_ALIVE_S, timeout_graceful_shutdown=max(1, round(config.drain_s)), h11_max_incomplete_event_size=LONGEST_HEAD, **tls,  # type: ignore[arg-type]
             )  # fmt: skip
             settings.load()
         except OSError as error:  # of ssl, too

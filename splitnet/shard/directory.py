@@ -13,6 +13,7 @@ from splitnet import onnx_format
 from splitnet.decoder_format import DECODER_MEMBER, DecoderSpec
 from splitnet.errors import BadShard
 from splitnet.graph import parse
+from splitnet.noise import Noise
 from splitnet.onnx_nouns import ONNX_MEMBER
 from splitnet.shard.manifest import (
     DEFAULT_LIMITS,
@@ -74,6 +75,7 @@ def write_shard(
     param_bytes: int,
     activation_bytes: int,
     notes: Sequence[str] = (),
+    noise: Noise | None = None,
 ) -> Shard:
     """Writes the members and, last, the manifest. A member given as a path is copied (or left, where it already stands at its
     place). A shard that was in the directory is replaced, whatever its engine. Raises BadShard for content that `open_shard` would
@@ -98,6 +100,7 @@ def write_shard(
         activation_bytes=activation_bytes,
         members=written,
         notes=tuple(notes),
+        noise=noise,
     )
     weight_bytes = sum(check_member(directory / name, name, place=f"{directory}: {name}") for name in written)
     check_param_bytes(manifest, weight_bytes, str(directory))

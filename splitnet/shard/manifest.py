@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from splitnet.decoder_format import DECODER_MEMBER
-from splitnet.errors import BadInput, BadShard
+from splitnet.errors import BadInput, BadPlan, BadShard
+from splitnet.noise import Noise
 from splitnet.onnx_nouns import ONNX_MEMBER
 from splitnet.tensors import TensorSpec
 
@@ -22,6 +23,7 @@ __all__ = [
 SHARD_VERSION = 1
 _FORMAT = "splitnet-shard"
 _MAX_NOTES = 16
+_NOISE = ("epsilon", "delta", "clip_norm")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _WEIGHTS = r"weights\.safetensors|weights-\d{5}-of-\d{5}\.safetensors"
 _PICKLE_NAMES = (".pkl", ".pickle", ".pt", ".pth", ".pt2", ".bin", ".ckpt", ".joblib", ".npy", ".npz", ".dill")
@@ -74,7 +76,8 @@ class Member:
 @dataclass(frozen=True)
 class Manifest:
     """What a shard is. Raises BadShard when a field is not what it must be. `param_bytes` and `activation_bytes` (at the example
-    batch) are what a node reserves to serve it. `notes`: what a person should know of it, such as why it has no ONNX graph."""
+    batch) are what a node reserves to serve it. `notes`: what a person should know of it, such as why it has no ONNX graph. `noise`: with which alone its
+    outputs may go to other stages; a node serves it by no plan that says otherwise."""
 
     model: str
     model_sha256: str
@@ -87,6 +90,7 @@ class Manifest:
     members: Mapping[str, Member] = field(default_factory=dict)
     version: int = SHARD_VERSION
     notes: tuple[str, ...] = ()
+    noise: Noise | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -108,6 +112,9 @@ class Manifest:
         }
         if self.notes:
             document["notes"] = list(self.notes)
+        if self.noise is not None:  # fractions as text: the same figure has one spelling
+            noise = self.noise
+            document["noise"] = {name: repr(getattr(noise, name)) for name in _NOISE} | {"per": noise.per}
         return json.dumps(document, sort_keys=True, separators=(",", ":")).encode() + b"\n"
 
     @property
@@ -258,7 +265,7 @@ def _size(value: object, at: str) -> None:
 
 def _fields(d: Mapping[str, Any], place: str, limits: ShardLimits) -> dict[str, Any]:
     expected = {"format", *Manifest.__dataclass_fields__}
-    if missing := sorted(expected - set(d) - {"notes"}):
+    if missing := sorted(expected - set(d) - {"notes", "noise"}):
         fault(place, f"{missing[0]}: missing")
     if unknown := sorted(set(d) - expected):
         fault(place, f"unknown key {unknown[0]!r:.80}")
@@ -273,11 +280,21 @@ def _fields(d: Mapping[str, Any], place: str, limits: ShardLimits) -> dict[str, 
     notes = d.get("notes", [])
     if not isinstance(notes, list):
         fault(place, f"notes: expected a list, got {type(notes).__name__}")
-    values = {key: d[key] for key in expected - {"format", "notes"}} | {"notes": tuple(notes)}
+    values = {key: d[key] for key in expected - {"format", "notes", "noise"}} | {"notes": tuple(notes)}
+    values["noise"] = _noise(d["noise"], f"{place}: noise") if "noise" in d else None
     values["inputs"] = _specs(d["inputs"], f"{place}: inputs")
     values["outputs"] = _specs(d["outputs"], f"{place}: outputs")
     values["members"] = {name: Member(**member) for name, member in members.items()}
     return values
+
+
+def _noise(value: Any, at: str) -> Noise:
+    if not isinstance(value, dict) or set(value) != {*_NOISE, "per"} or not all(isinstance(text, str) for text in value.values()):
+        fault(at, f"expected an object with the texts {', '.join(_NOISE)}, per")
+    try:
+        return Noise(**{name: float(value[name]) for name in _NOISE}, per=value["per"])
+    except (ValueError, BadPlan) as error:
+        fault(at, f"{error!s:.200}")
 
 
 def _specs(value: Any, at: str) -> Sequence[TensorSpec]:

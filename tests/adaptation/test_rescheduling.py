@@ -15,6 +15,7 @@ from small_models import Split, chain, split, stages_by
 
 import splitnet
 from nodes.testing import LocalCluster
+from partitioner.followers import CapturedFollower
 from partitioner.profiling import HERE, Column, Profile
 from partitioner.rescheduling import Watch
 from partitioner.watch_command import watch
@@ -55,8 +56,8 @@ def slow(nodes: LocalCluster) -> Cluster:
     return dataclasses.replace(cluster, links=tuple(dataclasses.replace(link, bandwidth_bytes_per_s=1e3) for link in cluster.links))
 
 
-def follow(nodes: LocalCluster, profile: Profile, folder: Path, rules: Rules = AT_ONCE, *, dry: bool = False) -> Watch:
-    return Watch("chain", slow(nodes), profile, model=None if dry else chain(), folder=folder, rules=rules)
+def follow(nodes: LocalCluster, profile: Profile, folder: Path, rules: Rules = AT_ONCE, *, dry: bool = False) -> Watch[Profile]:
+    return Watch("chain", slow(nodes), profile, follower=CapturedFollower(None if dry else chain(), profile), folder=folder, rules=rules)
 
 
 def test_a_better_plan_takes_over_and_nobody_notices(nodes: LocalCluster, served: Split, profile: Profile, tmp_path: Path) -> None:
@@ -118,7 +119,9 @@ def test_a_node_that_is_gone_is_done_without(profile: Profile, tmp_path: Path) -
     with LocalCluster(2) as nodes:
         cut = split(chain(), nodes.cluster(), tmp_path / "shards", stages_by(a="linear relu", b="*"))
         deploy(cut.plan, cut.shards, name="chain")
-        watching = Watch("chain", nodes.cluster(), profile, model=chain(), folder=tmp_path / "watch", rules=Rules())
+        watching = Watch(
+            "chain", nodes.cluster(), profile, follower=CapturedFollower(chain(), profile), folder=tmp_path / "watch", rules=Rules()
+        )
         assert background.run(watching.look()).switched is None
         nodes.kill("b")
         look = background.run(watching.look())
@@ -137,4 +140,4 @@ def test_what_a_user_gets_wrong(nodes: LocalCluster, profile: Profile, tmp_path:
         background.run(follow(nodes, profile, tmp_path).look())
     other = dataclasses.replace(profile, structure=dataclasses.replace(profile.structure, sha256="0" * 64))
     with pytest.raises(BadPlan, match="another model"):
-        Watch("chain", nodes.cluster(), other, model=chain(), folder=tmp_path)
+        CapturedFollower(chain(), other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -12,13 +13,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import captured
 from trained_digits import Trained
 
 import splitnet
 from nodes.testing import LocalCluster
 from partitioner.accuracy import lossy_links
 from partitioner.calibrating import Task, calibrate
-from partitioner.calibration import Calibration
+from partitioner.calibration import UNMEASURED, Calibration
+from partitioner.constants import codec_figures
 from partitioner.cutting import cut
 from partitioner.layout import lay_out_again
 from partitioner.planning import plan
@@ -223,3 +226,30 @@ def test_from_samples_to_a_plan_by_commands(trained: Trained, own_cache: Path, t
     assert "contradict each other" in capsys.readouterr().err
     assert run_command(cli, [*asked, "--max-accuracy-loss", "much"]) == 2
     assert "neither a percentage as 0.5% nor a share" in capsys.readouterr().err
+
+
+def test_what_is_no_float_passes_unharmed_wherever_it_is_cut(tmp_path: Path) -> None:
+    """A mask that crosses beside a measured activation does not forbid what was allowed for that."""
+
+    class Masked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(torch.where(x > 0, self.first(x), 0.0))
+
+    graph = captured(Masked().eval(), torch.randn(4, 8))
+    data = tmp_path / "x.npy"
+    np.save(data, np.random.default_rng(0).standard_normal((20, 8)).astype(np.float32))
+    found = calibrate(Task.make(graph, load_samples(data, graph.structure), "mse"), codecs=("raw", "int8"))
+    structure = graph.structure
+    (mask,) = (v.name for v in structure.vertices if v.values[0].dtype == "bool")
+    only = dataclasses.replace(found, cuts=tuple(c for c in found.cuts if not any(structure.value[t].dtype == "bool" for t in c.tensors)))
+    figures = only.figures(structure, codec_figures(cluster().nodes))
+    assert figures["int8"].error_of(mask) == 0.0
+    beside = next(v.name for v in structure.vertices if 0.0 < figures["int8"].error_of(v.name) < UNMEASURED)
+    assert figures["int8"].sent_bytes(1000.0, (mask, beside)) == figures["int8"].sent_bytes(1000.0, (beside,)) < 400
+    assert figures["int8"].sent_bytes(1000.0, (mask,)) == 1000.0
+    assert figures["int8"].best_ratio < 10
+    assert UNMEASURED in {figures["int8"].error_of(v.name) for v in structure.vertices}

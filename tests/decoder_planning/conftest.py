@@ -1,17 +1,13 @@
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_decoders import save_tiny
+from tiny_decoders import WORKLOAD, save_tiny
 
-from partitioner.decoders.figures import DecoderProfile, Times, Workload
+from partitioner.decoders.figures import DecoderProfile, Times
 from partitioner.decoders.model import DecoderModel, load_decoder
-from splitnet.cluster import Cluster, ClusterNode, Link
-
-WORKLOAD = Workload(context_length=64, sessions=4, prompt_tokens=32, answer_tokens=8, chunk_tokens=16)
 
 
 @pytest.fixture(scope="session")
@@ -47,13 +43,6 @@ def profile_of() -> Callable[..., DecoderProfile]:
         )
 
     return make
-
-
-def cluster_of(memory: dict[str, int], bytes_per_s: float = 1e8, latency_s: float = 1e-3) -> Cluster:
-    nodes = tuple(
-        ClusterNode(name, f"127.0.0.1:{i + 1}", memory_bytes=size, reference_s=1.0) for i, (name, size) in enumerate(memory.items())
-    )
-    return Cluster(nodes, tuple(Link(a, b, bytes_per_s, latency_s) for a, b in itertools.permutations(memory, 2)))
 
 
 def folder_of(model: DecoderModel) -> Path:

@@ -100,6 +100,13 @@ def test_from_a_directory_to_tokens(place: Path, profiled: Path, capsys: pytest.
         answer = json.loads(capsys.readouterr().out)
         assert answer["tokens"] == whole_answer(place, [5, 6, 7], 10)
         assert answer["prompt_tokens"] == 3
+        assert main(["status", "--cluster", str(place / "cluster.toml")]) == 0
+        assert "10 tokens in 1 answers" in capsys.readouterr().out
+        assert main(["status", "--cluster", str(place / "cluster.toml"), "--json"]) == 0
+        told = [d["generating"] for node in json.loads(capsys.readouterr().out) for d in node["deployments"]]
+        assert (told[0]["new_tokens"], told[0]["answers"], told[1]) == (10, 1, None)  # the ingress knows
+        assert told[0]["kv_bytes_per_token"] == sum(written.generation.kv_bytes_per_token.values()) if written.generation else False
+        assert min(told[0][name] for name in ("ttft_s", "tpot_s", "tokens_per_s")) > 0
         assert main(["bench", str(place / "plan.json"), "--requests", "2", "--json"]) == 0
         report = json.loads(capsys.readouterr().out)
         assert report["deployed_for_this"] is False
@@ -110,6 +117,39 @@ def test_from_a_directory_to_tokens(place: Path, profiled: Path, capsys: pytest.
         assert "tokenizer.json" in capsys.readouterr().err
     finally:
         assert main(["unload", "tiny", "--cluster", str(place / "cluster.toml")]) == 0
+
+
+def test_stages_are_held_ready_with_room_for_their_caches(place: Path, profiled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(plan(place, profiled, "--at", "layers.2", "--weights", "float32", "--replicas", "1")) == 0
+    assert "held ready" in capsys.readouterr().out
+    written = Plan.load(place / "plan.json")
+    assert [(stage.node, stage.replicas) for stage in written.stages] == [("a", ("b",)), ("b", ("a",))]
+    assert written.generation is not None
+    assert written.prediction is not None
+    caches = sum(map(written.generation.cache_bytes, ("stage0", "stage1")))
+    assert min(written.prediction.memory_bytes.values()) >= caches + sum(stage.param_bytes for stage in written.stages)
+    assert main(["deploy", str(place / "plan.json")]) == 0
+    try:
+        capsys.readouterr()
+        assert main(["status", "--cluster", str(place / "cluster.toml"), "--json"]) == 0
+        held = [s["standby"] for node in json.loads(capsys.readouterr().out) for d in node["deployments"] for s in d["stages"]]
+        assert sorted(held) == [False, False, True, True]
+    finally:
+        assert main(["unload", "tiny", "--cluster", str(place / "cluster.toml")]) == 0
+
+
+def test_a_plan_is_drawn_by_its_tokens(place: Path, profiled: Path) -> None:
+    for objective, said in (
+        ("tpot", "time per token of one session"),
+        ("throughput", "time per token, pipeline full"),
+        ("ttft", "time to the first token"),
+    ):
+        page = place / f"{objective}.html"
+        assert main(plan(place, profiled, "--weights", "float32", "--objective", objective, "--stages", "2", "--draw", str(page))) == 0
+        text = page.read_text()
+        assert said in text
+        assert "requests" not in text
+        assert "layers.0" in text
 
 
 def whole_answer(place: Path, ids: list[int], count: int) -> list[int]:

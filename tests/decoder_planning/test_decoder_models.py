@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -97,6 +99,29 @@ def test_the_hash_does_not_depend_on_how_tensors_are_divided_among_files(llama: 
     shutil.copytree(llama.checkpoint.folder, folder)
     save_file(tensors, folder / "model.safetensors")
     assert load_decoder(str(folder)).sha256 != llama.sha256
+
+
+def test_a_repository_of_the_hub_is_read_from_its_cache(llama: DecoderModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As huggingface_hub lays it out: blobs by their hash, and a snapshot of links to them. Nothing is fetched (`HF_HUB_OFFLINE`, conftest.py)."""
+    repository, revision = tmp_path / "models--acme--tiny", "0" * 40
+    for folder in (repository / "blobs", repository / "refs", repository / "snapshots" / revision):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    for path in save_tiny(tmp_path / "source", shard="100KB").iterdir():
+        blob = repository / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        path.rename(blob)
+        (repository / "snapshots" / revision / path.name).symlink_to(Path("..", "..", "blobs", blob.name))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    found = load_decoder("acme/tiny")
+    assert len({place.file for place in found.checkpoint.places.values()}) > 2
+    assert (found.name, found.sha256) == ("acme/tiny", llama.sha256)
+    whole = cut(found, tmp_path / "whole", 0, len(found.vertices))
+    assert set(stored(whole)) == set(found.checkpoint.places)
+    with pytest.raises(BadModel, match="hf:acme/other: cannot fetch it: LocalEntryNotFoundError"):
+        load_decoder("acme/other")
+    (repository / "snapshots" / revision / "model-00002-of-00008.safetensors").unlink()
+    with pytest.raises(BadModel, match="names 'model-00002-of-00008.safetensors', which is missing"):
+        load_decoder("acme/tiny")
 
 
 # ----------------------------------------------------------------------------------------------------------------------- bad input

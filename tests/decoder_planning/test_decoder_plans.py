@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from conftest import WORKLOAD, cluster_of
+from tiny_decoders import WORKLOAD, cluster_of
 
 from partitioner.decoders.figures import DecoderProfile, Workload
 from partitioner.decoders.model import DecoderModel
@@ -129,6 +129,11 @@ def test_weights_are_coarser_where_nothing_finer_fits(llama: DecoderModel, profi
     assert {"int8", "int4"} & set(tight.generation.weights.values())
     assert tight.prediction is not None
     assert "--data" in tight.prediction.note
+    known = Weights("auto", {"": 10.0, "bfloat16": 10.0, "int8": 10.05, "int4": 11.0}, "a text")
+    told = plan_decoder(llama, profile, cluster_of({"a": needed(llama, "bfloat16", "bfloat16") - 1, "b": 90_000}), WORKLOAD, weights=known)
+    assert told.prediction is not None
+    assert "where nothing finer fits" in told.prediction.note
+    assert "--data" not in told.prediction.note
     quick = plan_decoder(
         llama, profile, cluster_of({"a": ROOM, "b": ROOM}), WORKLOAD, weights=Weights("auto", {"": 10.0, "bfloat16": 10.0, "int8": 10.05, "int4": 11.0}, "a text", 0.01)
     )  # fmt: skip
@@ -181,6 +186,9 @@ def test_wishes_are_kept(llama: DecoderModel, profile_of: MakeProfile) -> None:
     plan = plan_decoder(llama, profile, cluster, WORKLOAD, stages=3, pin={"layers.1": "c"}, input_at="b", output_at="a")
     assert [stage.node for stage in plan.stages] == ["b", "c", "a"]
     assert "layers.1" in plan.stages[1].operators
+    assert plan.prediction is not None
+    assert not plan.prediction.alternatives  # each would have the room: it was not asked for
+    assert "fits on no single node" not in plan.explain()
     plan = plan_decoder(llama, profile, cluster, WORKLOAD, forbid=("a", "b"))
     assert [stage.node for stage in plan.stages] == ["c"]
     with pytest.raises(NoPlan, match="cannot all hold|contradicts itself"):

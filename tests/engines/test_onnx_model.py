@@ -16,10 +16,13 @@ import partitioner
 import splitnet
 from nodes.engines import load_engine
 from nodes.testing import LocalCluster
+from partitioner.calibrating import Task, calibrate
 from partitioner.cutting import cut, write_stage
 from partitioner.layout import lay_out
 from partitioner.merging import merge
 from partitioner.profiling import HERE
+from partitioner.samples import load_samples
+from partitioner.splitting import travel
 from splitnet.errors import BadModel, BadShard
 from splitnet.install import deploy
 
@@ -148,3 +151,23 @@ def test_stages_joined_again_are_the_whole_model(kind: str, file: Path, tmp_path
     wanted = made.model.run({name: torch.from_numpy(array) for name, array in given.items()})
     for output in made.plan.outputs:
         np.testing.assert_allclose(answer[output.value], wanted[output.spec.name].numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_what_codecs_lose_is_measured_on_a_file_too(file: Path, tmp_path: Path) -> None:
+    """The second part of a cut is run by ONNX Runtime; beside it the same by hand in torch."""
+    images = np.random.default_rng(1).standard_normal((4, 3, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "images.npz", image=images)
+    graph = partitioner.load_model(str(file))
+    task = Task.make(graph, load_samples(tmp_path / "images.npz", graph.structure), "mse")
+    found = calibrate(task, codecs=("zstd", "int4"), cuts=3, at=["pooled"])
+    (cut_there,) = (each for each in found.cuts if "skip" in each.tensors)
+    assert all(each.codecs["zstd"].loss == 0 < each.codecs["int4"].loss for each in found.cuts)
+
+    generator = np.random.default_rng(0)
+    kernel, bias, head = (torch.from_numpy(generator.standard_normal(s).astype(np.float32) * 0.2) for s in ((16, 3, 3, 3), 16, (40, 16)))
+    made = torch.conv2d(torch.from_numpy(images), kernel, bias, padding=1)
+    skip = made.relu() * 2 + made
+    arrived = torch.stack([torch.from_numpy(travel(each[None].numpy(), "int4").array)[0] for each in skip])
+    whole, split_up = (values.mean((2, 3)) @ head.T for values in (skip, arrived))
+    by_hand = float(((whole - split_up) ** 2).sum() / (whole**2).sum())
+    assert cut_there.codecs["int4"].loss == pytest.approx(by_hand, rel=0.02)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -27,6 +28,7 @@ from partitioner.graph import ModelGraph
 from splitnet.cli import run_command
 from splitnet.errors import NodeUnavailable, SplitnetError
 from splitnet.install import deploy, status
+from splitnet.node_status import describe_node
 
 HEAVY = 4000  # rows; some 0.4 s of computing in the second stage
 PATIENCE_S = 20.0
@@ -66,6 +68,65 @@ async def in_flight(cluster: LocalCluster, node: str) -> None:
         if any(d.in_flight for d in found.deployments):
             return
     raise AssertionError(f"nothing arrived at {node!r}")
+
+
+def test_a_frozen_process_is_found_out_and_taken_in_again_when_it_thaws(cluster: LocalCluster, served: Split) -> None:
+    """SIGSTOP: its connections stay open, and nothing comes."""
+    given = served.inputs()
+    with splitnet.Client(served.address, "slow") as client:
+        assert np.array_equal(client.infer(given)["output"], served.whole(given)["output"])
+        os.kill(cluster.pid("b"), signal.SIGSTOP)
+        try:
+            with pytest.raises(NodeUnavailable, match="nothing was heard from") as caught:
+                client.infer(given, timeout_s=PATIENCE_S)
+            assert (caught.value.node, caught.value.stage) == ("b", "stage1")
+        finally:
+            os.kill(cluster.pid("b"), signal.SIGCONT)
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                assert np.array_equal(client.infer(given)["output"], served.whole(given)["output"])
+                break
+            except NodeUnavailable:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+    (seen,) = [each for each in status(cluster.cluster()) if each.name == "a"]
+    assert {"lost", "back"} <= {event.kind for event in seen.events if event.node == "b"}
+
+
+def test_a_node_that_says_nothing_for_a_moment_loses_nothing(cluster: LocalCluster, served: Split) -> None:
+    """Taken for gone, and there again: a false alarm, as a busy box gives one. Nobody could take its place, and no request fails."""
+    given = served.inputs()
+
+    def lost() -> int:
+        seen = asyncio.run(describe_node("a", served.address))  # the others are not asked: one of them sleeps
+        return sum(event.kind == "lost" and event.node == "b" for event in seen.events)
+
+    with splitnet.Client(served.address, "slow") as client:
+        before = lost()
+        os.kill(cluster.pid("b"), signal.SIGSTOP)
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                asked = pool.submit(client.infer, given, timeout_s=PATIENCE_S)
+                deadline = time.monotonic() + PATIENCE_S
+                while lost() == before:
+                    assert time.monotonic() < deadline
+                os.kill(cluster.pid("b"), signal.SIGCONT)
+                assert np.array_equal(asked.result()["output"], served.whole(given)["output"])
+        finally:
+            os.kill(cluster.pid("b"), signal.SIGCONT)
+
+
+def test_an_ingress_that_says_nothing_for_a_moment_is_asked_again(cluster: LocalCluster, served: Split) -> None:
+    given = served.inputs()
+    with splitnet.Client(served.address, "slow") as client, ThreadPoolExecutor(1) as pool:
+        os.kill(cluster.pid("a"), signal.SIGSTOP)
+        try:
+            asked = pool.submit(client.infer, given, timeout_s=PATIENCE_S)
+            time.sleep(0.9)  # it is given up after 0.45 s of silence
+        finally:
+            os.kill(cluster.pid("a"), signal.SIGCONT)
+        assert np.array_equal(asked.result()["output"], served.whole(given)["output"])
 
 
 @pytest.mark.parametrize("killed", ["b", "c"])

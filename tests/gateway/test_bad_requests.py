@@ -139,6 +139,19 @@ def test_what_is_no_json_object_is_refused(gateway: Running, body: str | bytes) 
     assert (status, answer["error"]["code"]) == (400, "invalid_json")
 
 
+@pytest.mark.parametrize("half", [b"\\ud800", b"\\uDFff x", b"\xed\xa0\x80"])
+def test_half_of_a_surrogate_pair_is_no_text(gateway: Running, half: bytes) -> None:
+    """Found by scripts/fuzz.py: the tokenizer's own error came out, as a 500."""
+    for path, body in (
+        ("/v1/completions", b'{"model": "hut", "prompt": "a %s"}' % half),
+        ("/v1/chat/completions", b'{"model": "hut", "messages": [{"role": "user", "content": "%s"}]}' % half),
+    ):
+        status, _, answer = ask(gateway, "POST", path, body, JSON)
+        assert (status, answer["error"]["code"]) == (400, "invalid_json")
+    whole = b'{"model": "hut", "prompt": "\\ud83d\\ude42", "max_tokens": 1}'
+    assert ask(gateway, "POST", "/v1/completions", whole, JSON)[0] == 200
+
+
 def test_an_unknown_model_is_404(gateway: Running) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         gateway.client().completions.create(model="palace", prompt="x")

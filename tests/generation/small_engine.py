@@ -151,7 +151,7 @@ class SmallEngine:
         return self.cache_tokens - self.used_tokens
 
 
-def small_plan(model: SmallModel, nodes: Sequence[NodeRef], context: int, sessions: int, max_in_flight: int) -> Plan:
+def small_plan(model: SmallModel, nodes: Sequence[NodeRef], context: int, sessions: int, max_in_flight: int, draft: str = "") -> Plan:
     ids = TensorSpec("input_ids", "int64", ("tokens",))
     hidden = TensorSpec("hidden_states", "float32", ("tokens", _WIDTH))
     answer = TensorSpec("tokens", "int32", ("tokens",))
@@ -164,7 +164,7 @@ def small_plan(model: SmallModel, nodes: Sequence[NodeRef], context: int, sessio
     tensors = ["input_ids", *["hidden_states"] * (model.stages - 1), "tokens"]
     transfers = tuple(Transfer(a, b, (tensor,)) for a, b, tensor in zip(ends, ends[1:], tensors, strict=False))
     generation = Generation(
-        context, sessions, model.vocabulary, dict.fromkeys(names, 8), eos_token_ids=() if model.eos is None else (model.eos,)
+        context, sessions, model.vocabulary, dict.fromkeys(names, 8), eos_token_ids=() if model.eos is None else (model.eos,), draft=draft
     )
     return Plan(
         NAME, "0" * 64, "throughput", tuple(nodes), stages, transfers, (ids,), (OutputSpec("tokens", answer),),
@@ -173,11 +173,18 @@ def small_plan(model: SmallModel, nodes: Sequence[NodeRef], context: int, sessio
 
 
 def serve(
-    cluster: LocalCluster, model: SmallModel, *, context: int = 512, sessions: int = 8, max_in_flight: int = 64, name: str = NAME
+    cluster: LocalCluster,
+    model: SmallModel,
+    *,
+    context: int = 512,
+    sessions: int = 8,
+    max_in_flight: int = 64,
+    name: str = NAME,
+    draft: str = "",
 ) -> list[SmallEngine]:
     """Serves the model on the nodes of a cluster in this process, one stage each in turn, without shards; its engines."""
     nodes = [NodeRef(each, address) for each, address in cluster.addresses.items()]
-    plan = small_plan(model, nodes, context, sessions, max_in_flight)
+    plan = small_plan(model, nodes, context, sessions, max_in_flight, draft)
     engines = model.engines(plan.generation.cache_tokens if plan.generation else 0)
 
     async def add(node: NodeRef) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import splitnet
 from nodes.clients import ClientStream
 from nodes.engines.decoder.steps import Sampling
 from nodes.generation.generator import Generator
+from nodes.generation.passes import Making
 from nodes.testing import LocalCluster
 from splitnet.errors import BadInput, DeadlineExceeded, EngineFailure, Overloaded
 from splitnet.generation import GenerateRequest
@@ -152,6 +154,37 @@ def test_a_client_that_stops_frees_its_caches(address: str, cluster: LocalCluste
     with splitnet.Client(address, NAME) as client:
         next(client.generate(prompt(10, 10), 400))  # and goes away
     until(lambda: not generator(cluster).slots.live)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.1, "seed": 5}])
+async def test_guesses_follow_guesses_that_are_not_verified_yet(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, options: dict[str, float]
+) -> None:
+    """A text that goes round in circles, and sometimes does not; stages that wait for each other."""
+    model = SmallModel(order=1, vocabulary=13, pass_s=0.002)
+    engines = serve(cluster, model, name="circles")
+    under_way = 0
+    send = Generator._send
+
+    def counting(self: Generator, making: Making) -> None:
+        nonlocal under_way
+        send(self, making)
+        under_way = max(under_way, sum(making.entries[0].session is entry.session for each in self.passes for entry in each.entries))
+
+    monkeypatch.setattr(Generator, "_send", counting)
+    sampling = Sampling(np.float32(options.get("temperature", 0)).item(), seed=int(options.get("seed", 0)))
+    async with splitnet.AsyncClient(cluster.addresses["a"], "circles") as client:
+        for ids in ([3], [7, 7, 1, 2]):
+            wanted = dataclasses.replace(model, pass_s=0).generate(ids, 150, sampling)
+            assert [token async for token in client.generate(ids, 150, **options)] == wanted
+        async with client.generate([5], 400, **options) as stream:  # and goes away while guesses are under way
+            assert await anext(stream) == dataclasses.replace(model, pass_s=0).generate([5], 1, sampling)[0]
+    settled(cluster, engines, "circles")
+    counts = generator(cluster, "circles").counts
+    assert under_way > 2
+    assert counts.passes < 150
+    assert counts.drafted_tokens >= counts.accepted_tokens > 100
+    assert bool(options) == (counts.drafted_tokens > counts.accepted_tokens)  # a draw leaves the circle now and then
 
 
 def test_a_deadline_ends_it(cluster: LocalCluster) -> None:

@@ -100,7 +100,7 @@ def test_the_length_of_guesses_follows_how_often_they_are_right() -> None:
     assert len(lookup.propose(text, 100, 0.1, 0.09)) < 8  # where a token costs nearly as much as a pass
     assert len(lookup.propose(text, 3, 0.1, 0.001)) == 3
     for _ in range(60):
-        lookup.learn(8, 0)
+        lookup.learn(1, 0)
     guesses = [len(lookup.propose(text, 100, 0.1, 0.001)) for _ in range(40)]
     assert 0 < sum(guesses) <= 4  # only now and then
 
@@ -151,6 +151,23 @@ def test_guessed_tokens_are_distributed_as_plain_sampling() -> None:
     for counts in found:  # of the token at the place of the guess, and of the one after a right guess
         expected = probabilities * counts.sum()
         assert float(((counts - expected) ** 2 / expected).sum()) < 18.5  # 0.1% of the time by chance, with 4 degrees of freedom
+
+
+def test_a_small_models_draws_are_the_large_ones_as_often_as_they_can_be_expected_to() -> None:
+    """Both draw with the same random numbers: the answer is distributed as the large model says (chi squared), and agrees as theory says at the least."""
+    large, small = np.array([0.4, 0.3, 0.2, 0.08, 0.02]), np.array([0.3, 0.35, 0.1, 0.05, 0.2])
+    rounds, agreed, found = 3000, 0, np.zeros(5)
+    for seed in range(rounds):
+        sampling = Sampling(1.0, seed=seed)
+        guess = next_token(np.log(small).astype(np.float32), sampling, np.array([]), 7)
+        session = Session(1, np.array([1]), GenerateRequest(5, 1.0, seed=seed))
+        drawn = next_token(np.log(large).astype(np.float32), sampling, np.array([]), 7)
+        new = session.take(session.next_step(np.array([guess], np.int32)), np.array([drawn, 0], np.int32))
+        agreed += len(new) > 1
+        found[new[0]] += 1
+    apart = np.abs(large - small).sum() / 2
+    assert (1 - apart) / (1 + apart) - 0.03 < agreed / rounds <= 1 - apart + 0.03
+    assert float(((found - large * rounds) ** 2 / (large * rounds)).sum()) < 18.5  # 0.1% of the time by chance, with 4 degrees of freedom
 
 
 # ------------------------------------------------------------------------------------------------------------ sessions

@@ -26,6 +26,11 @@ class Served:
     model: LlamaForCausalLM
     plan: Plan
     name: str
+    folder: Path
+
+    @property
+    def shards(self) -> Path:
+        return self.folder / "shards"
 
     @property
     def address(self) -> str:
@@ -71,4 +76,4 @@ def deploy_tiny_llama(cluster: LocalCluster, folder: Path, *, name: str = "llama
     shards = cut_decoder(model, plan, folder / "shards")
     plan = plan.with_shards({stage: shard.sha256 for stage, shard in shards.items()})
     splitnet.deploy(plan, shards, name=name)
-    return Served(whole, plan, name)
+    return Served(whole, plan, name, folder)

@@ -10,10 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from chain_versions import PLACES, version
-from small_models import Split, split
+from small_models import Split, same, split
 
 import splitnet
 from nodes.testing import LocalCluster
@@ -41,9 +40,12 @@ def made(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 @pytest.fixture
 def name(cluster: LocalCluster, request: pytest.FixtureRequest) -> Iterator[str]:
-    """Of a deployment that is taken off after the test."""
+    """Of a deployment that is taken off after the test; nodes that it killed live again."""
     called = "m" + str(abs(hash(request.node.name)) % 10**6)
     yield called
+    for node in cluster.cluster().nodes:
+        if not cluster.alive(node.name):
+            cluster.restart(node.name)
     with contextlib.suppress(NotFound):
         undeploy(cluster.cluster(), called, drain_s=0.0)
 
@@ -94,10 +96,6 @@ class Clients:
                         self.mixed += 1
                     else:
                         self.answers[number] += 1
-
-
-def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
 
 
 @pytest.fixture

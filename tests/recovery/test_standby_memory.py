@@ -10,6 +10,7 @@ from test_standby_plans import places, plan
 from partitioner.standbys import add_standbys
 from splitnet.cluster import Cluster, ClusterNode
 from splitnet.errors import BadInput, NoPlan
+from splitnet.generation_plan import Generation
 from splitnet.plan import Plan, Prediction
 
 SIZES = {"one": (1000, 200), "two": (3000, 100)}
@@ -35,6 +36,22 @@ def test_nodes_that_the_plan_does_not_use_take_part_and_what_they_hold_is_said()
     assert found.prediction is not None
     assert dict(found.prediction.memory_bytes) == {"a": 1200, "b": 3100, "c": 1200, "d": 3100}
     assert "held ready" in found.explain()
+
+
+def test_what_is_private_to_a_node_has_no_standby() -> None:
+    found = add_standbys(measured(), sized(), private_to="a")
+    assert [bool(stage.replicas) for stage in found.stages] == [False, True]
+    assert found.stages[1].replicas != ("b",)
+    assert found.prediction is not None
+    assert "no standby for one: what is private to 'a' is for no other node" in found.explain()
+    assert places(add_standbys(measured(), sized(), 1, ["a"], private_to="a")) == [("a", ()), ("b", ("a",))]
+
+
+def test_caches_are_counted() -> None:
+    cluster = sized(a=1500, b=3200, c=2000, d=5000)
+    generation = Generation(16, 1, 8, {"one": 10, "two": 100})
+    with pytest.raises(NoPlan, match=r"stage 'two': it needs 4700 bytes, and 'c', which has the most, has 2000: 2700 bytes are missing"):
+        add_standbys(dataclasses.replace(measured(), generation=generation), dataclasses.replace(cluster, nodes=cluster.nodes[:3]))
 
 
 def test_memory_that_others_take_is_not_there() -> None:

@@ -21,8 +21,8 @@ import fuzz
 from fuzzing.targets import Target, targets
 
 NAMES = [
-    "audit", "certificate", "cluster", "codec", "decoder", "frame", "graph", "identity", "manifest", "onnx", "operators", "orders", "packed", "plan",
-    "policy", "weights",
+    "audit", "bundle", "certificate", "cluster", "codec", "decoder", "frame", "graph", "http", "identity", "manifest", "onnx", "operators", "orders",
+    "packed", "plan", "policy", "request", "weights",
 ]  # fmt: skip
 
 

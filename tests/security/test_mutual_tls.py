@@ -7,6 +7,7 @@ import datetime
 import shutil
 import socket
 import ssl
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,6 +88,37 @@ def test_a_plan_is_deployed_and_served_over_mutual_tls(cluster: LocalCluster, au
     assert "operator 'operator'" in audited
 
 
+def test_after_a_power_cut_only_what_an_operator_signed_is_served_again(cluster: LocalCluster, authority: Path, tmp_path: Path) -> None:
+    plan, shards = write_chain(tmp_path, cluster.cluster(), seed=3)
+    x = np.ones((2, WIDTH), np.float32)
+
+    def restart(*names: str) -> None:
+        for name in names:
+            cluster.restart(name)
+        deadline = time.monotonic() + 20
+        while not all(cluster.server(name)._restoring.done() for name in names):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    use_access(authority / "operator")
+    deployed = splitnet.deploy(plan, shards, name="signed")
+    try:
+        with splitnet.Client(deployed.ingress, "signed") as client:
+            before = client.infer({"v0": x})["y"]
+        for name in ("a", "b"):
+            cluster.kill(name)
+        restart("b", "a")
+        with splitnet.Client(deployed.ingress, "signed") as client:
+            assert np.array_equal(client.infer({"v0": x})["y"], before)
+        cluster.kill("b")
+        (cluster.config("b").directory / "signatures.json").unlink()
+        restart("b")
+        (told,) = [event.text for event in cluster.server("b").ledger.events if event.kind == "unrestored"]
+        assert "has no signature" in told
+    finally:
+        splitnet.undeploy(plan, "signed")
+
+
 def test_a_client_may_not_deploy(cluster: LocalCluster, authority: Path, tmp_path: Path) -> None:
     plan, shards = write_chain(tmp_path, cluster.cluster(), seed=1)
     use_access(authority / "client")
@@ -105,7 +137,7 @@ def test_shards_that_no_operator_has_signed_are_refused(cluster: LocalCluster, a
 
 def test_shards_that_only_the_plan_names_are_checked_too(cluster: LocalCluster, authority: Path, tmp_path: Path) -> None:
     """An Activate may leave its own list of shards empty; the node then takes them from the plan."""
-    plan, _ = write_chain(tmp_path, cluster.cluster(), seed=3)
+    plan, _ = write_chain(tmp_path, cluster.cluster(), seed=4)
     plan_json = plan.to_json().encode()
     assert all(stage.shard for stage in plan.stages)
 

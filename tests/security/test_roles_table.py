@@ -20,12 +20,12 @@ ROLES = {Role.NODE: "b", Role.OPERATOR: "operator", Role.CLIENT: "client", Role.
 
 #: Written down a second time, so that a slip in the table is seen: what each role may call.
 EXPECTED = {
-    Role.NODE: {"Activate", "Switch", "Unload", "Describe", "Forward", "Heartbeat", "Probe"},
+    Role.NODE: {"Activate", "Switch", "Unload", "Describe", "Forward", "Give", "Heartbeat", "Probe"},
     Role.CLIENT: {"Describe", "Heartbeat", "Run"},
     Role.OBSERVER: {"Describe"},
     Role.GUEST: set(),
 }
-NODES_ONLY = {"Forward"}  # what not even an operator may call
+NODES_ONLY = {"Forward", "Give"}  # what not even an operator may call
 
 
 def methods() -> list[tuple[str, bool, bool]]:

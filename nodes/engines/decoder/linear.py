@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,8 @@ _linear = torch.nn.functional.linear
 _MANY_INT8, _MANY_INT4 = 16, 48
 _BLOCK = 64  # rows that torch's 4-bit kernel packs together
 _PIECE = 4 << 20  # elements of such a matrix at a time
+_PACKED_PIECE = 1 << 19  # the same, while codes are packed
+_UNPACKED_ROWS = 256  # so that what is in the making stays in the processor's caches
 
 
 class Matrix(nn.Module, abc.ABC):
@@ -97,29 +100,47 @@ class Int4(Matrix):
             found = torch._weight_int4pack_mm_for_cpu(flat, self.packed, self.group_size, self.scales)
         else:
             step = _rows_at_once(flat.shape[1])
-            found = torch.cat([flat @ self._dense(first, first + step) for first in range(0, self.scales.shape[1], step)], dim=1)
+            rows = self.scales.shape[1]
+            found = torch.cat([_in_order(flat @ self._dense(first, min(first + step, rows))) for first in range(0, rows, step)], dim=1)
         return self._biased(found.view(*x.shape[:-1], -1).to(x.dtype))
 
     def nbytes(self) -> int:
         return self.packed.nbytes + self.scales.nbytes
 
     def _dense(self, first: int, last: int) -> torch.Tensor:
-        """Rows [first, last) of the matrix, as columns: bfloat16 [columns, rows]."""
-        scales = self.scales[:, first:last]
-        groups, rows, _ = scales.shape
-        codes = _codes(self.packed[first:last], rows, groups * self.group_size)
-        scale, zero = scales[:, None, :, 0], scales[:, None, :, 1]
-        return torch.addcmul(zero, codes.view(groups, self.group_size, rows), scale).view(-1, rows)
+        """Rows [first, last) of the matrix, as columns in the order of `_codes`: bfloat16 [columns, rows]."""
+        groups, size = self.scales.shape[0], self.group_size
+        dense = torch.empty(groups * size, last - first, dtype=torch.bfloat16)
+        for start in range(first, last, _UNPACKED_ROWS):
+            end = min(start + _UNPACKED_ROWS, last)
+            codes = _codes(self.packed[start:end], groups * size)
+            blocks = len(codes)
+            scales = (
+                self.scales[:, start:end]
+                .reshape(groups, blocks, 2, 16, 2, 2)
+                .permute(5, 1, 0, 2, 4, 3)
+                .reshape(2, blocks, groups, 1, _BLOCK)
+            )
+            target = dense[:, start - first : end - first].view(groups, size, blocks, _BLOCK).permute(2, 0, 1, 3)
+            torch.addcmul(scales[1], codes.view(blocks, groups, size, _BLOCK), scales[0], out=target)
+        return dense
 
 
-def _codes(packed: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """What `_convert_weight_to_int4pack_for_cpu` packed, less 8, as columns: bfloat16 [columns, rows]. With AVX-512 it lays each 64 rows down column by column, row i in the
-    low half of a byte and row i + 32 in the high one (aten/src/ATen/native/cpu/int4mm_kernel.cpp)."""
-    blocks = packed.view(rows // _BLOCK, columns, _BLOCK // 2)
-    codes = torch.empty(columns, rows // _BLOCK, 2, _BLOCK // 2, dtype=torch.bfloat16)
-    codes[:, :, 0] = (blocks & 15).transpose(0, 1)
-    codes[:, :, 1] = (blocks >> 4).transpose(0, 1)
-    return codes.view(columns, rows).sub_(8)
+def _codes(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    """What `_convert_weight_to_int4pack_for_cpu` packed, less 8: bfloat16 [blocks of 64 rows, columns, 64]. With AVX-512 it lays each 64 rows down column by column, row i
+    in the low half of a byte and row i + 32 in the high one (aten/src/ATen/native/cpu/int4mm_kernel.cpp). Here two bytes are taken at once, so that of each block the rows come
+    as `_in_order` finds them. 0x4300 is 128 in bfloat16, whose last four bits count by ones."""
+    pairs = packed.view(torch.int16).view(-1, columns, 16)
+    bits = torch.empty(len(pairs), columns, 4, 16, dtype=torch.int16)
+    for i, shift in enumerate((0, 8, 4, 12)):
+        torch.bitwise_and(pairs >> shift if shift else pairs, 15, out=bits[:, :, i])
+    return bits.bitwise_or_(0x4300).view(torch.bfloat16).sub_(136).view(-1, columns, _BLOCK)
+
+
+def _in_order(found: torch.Tensor) -> torch.Tensor:
+    """Values [..., rows] in the order of `_codes`, as they belong."""
+    blocks = found.view(*found.shape[:-1], -1, 2, 2, 16)
+    return blocks.transpose(-1, -2).reshape(found.shape)
 
 
 @functools.cache
@@ -127,12 +148,13 @@ def _layout_is_known() -> bool:
     """Whether this processor's kernel packs as `_codes` reads."""
     codes = torch.arange(_BLOCK * 32 * 2, dtype=torch.int32).view(2 * _BLOCK, 32).mul(7).remainder(13)
     packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
-    return bool((_codes(packed, 2 * _BLOCK, 32).t() + 8 == codes).all())
+    unpacked = _in_order(_codes(packed, 32)).transpose(1, 2).reshape(2 * _BLOCK, 32)
+    return bool((unpacked + 8 == codes).all())
 
 
-def _rows_at_once(columns: int) -> int:
-    """Of a matrix that is made of codes: a few MiB."""
-    return max(_PIECE // columns // _BLOCK, 1) * _BLOCK
+def _rows_at_once(columns: int, elements: int = _PIECE) -> int:
+    """Of a matrix that is made piece by piece."""
+    return max(elements // columns // _BLOCK, 1) * _BLOCK
 
 
 class Stacked(Matrix):
@@ -158,39 +180,51 @@ def read_matrix(
     bias: torch.Tensor | None = None,
 ) -> Matrix:
     """One matrix of the rows of all these tensors, one under another (they share the columns and the format). Raises BadShard as `StoredTensors.read` does."""
+    columns = shapes[0][1]
     if all(f"{name}.int8" in tensors for name in names):
-        codes = [tensors.read(f"{name}.int8", shape, (torch.int8,)) for name, shape in zip(names, shapes, strict=True)]
         scale = [tensors.read(f"{name}.scale", shape[:1], (torch.float32,)) for name, shape in zip(names, shapes, strict=True)]
-        return Int8(_joined(codes), _joined(scale), bias)
+        return Int8(_one_under_another(tensors, names, ".int8", shapes, torch.int8), torch.cat(scale), bias)
     if all(f"{name}.int4" in tensors for name in names):
-        rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-        codes = [tensors.read(f"{name}.int4", (shape[0], columns // 2), (torch.uint8,)) for name, shape in zip(names, shapes, strict=True)]
-        packed = _packed(_joined(codes), rows, columns)
-        scales = torch.empty(columns // group_size, rows, 2, dtype=torch.bfloat16)
-        for i, part in enumerate(("scale", "zero")):
-            stored = [
-                tensors.read(f"{name}.{part}", (shape[0], columns // group_size), (torch.bfloat16,))
-                for name, shape in zip(names, shapes, strict=True)
-            ]
-            scales[:, :, i] = _joined(stored).t()
-        return Int4(packed, scales, group_size, bias)
+        scales = torch.empty(columns // group_size, sum(shape[0] for shape in shapes), 2, dtype=torch.bfloat16)
+        grouped = [(shape[0], columns // group_size) for shape in shapes]
+        for i, part in enumerate((".scale", ".zero")):
+            scales[:, :, i] = _one_under_another(tensors, names, part, grouped, torch.bfloat16).t()
+        return Int4(_packed(tensors, names, shapes), scales, group_size, bias)
     if len(names) > 1 and any(f"{name}.{form}" in tensors for name in names for form in ("int8", "int4")):
         parts = [read_matrix(tensors, [name], [shape], dtype, group_size) for name, shape in zip(names, shapes, strict=True)]
         return Stacked(parts, bias)
-    return Dense(_joined([tensors.read(name, shape, (dtype,)) for name, shape in zip(names, shapes, strict=True)]), bias)
+    return Dense(_one_under_another(tensors, names, "", shapes, dtype), bias)
 
 
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+def _one_under_another(
+    tensors: StoredTensors, names: Sequence[str], suffix: str, shapes: Sequence[tuple[int, int]], dtype: torch.dtype
+) -> torch.Tensor:
+    """Each read to its place: two copies of a large matrix at once would be the peak of what a node takes."""
+    whole = torch.empty(sum(shape[0] for shape in shapes), shapes[0][1], dtype=dtype)
+    first = 0
+    for name, shape in zip(names, shapes, strict=True):
+        tensors.read_into(name + suffix, whole[first : first + shape[0]])
+        first += shape[0]
+    return whole
 
 
-def _packed(codes: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Piece by piece: the kernel wants four bytes for each code of 4 bits while it packs."""
-    step = max((4 << 20) // columns // 64 * 64, 64)
-    pieces = []
-    for start in range(0, rows, step):
-        piece = codes[start : start + step]
-        whole = torch.empty(piece.shape[0], columns, dtype=torch.int32)
-        whole[:, 0::2], whole[:, 1::2] = piece & 15, piece >> 4
-        pieces.append(torch._convert_weight_to_int4pack_for_cpu(whole, 1))
-    return _joined(pieces)
+def _packed(tensors: StoredTensors, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Piece by piece: the kernel wants four bytes for each code of 4 bits while it packs. It packs 64 rows together, so that a piece may hold the end of one matrix and the
+    beginning of the next."""
+    rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
+    packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
+    step = _rows_at_once(columns, _PACKED_PIECE)
+    codes = torch.empty(min(step, rows), columns // 2, dtype=torch.uint8)
+    whole = torch.empty(min(step, rows), columns, dtype=torch.int32)
+    starts = list(itertools.accumulate((shape[0] for shape in shapes), initial=0))
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        for name, start, shape in zip(names, starts, shapes, strict=False):
+            a, b = max(first, start), min(last, start + shape[0])
+            if a < b:
+                tensors.read_into(f"{name}.int4", codes[a - first : b - first], row=a - start, rows=shape[0])
+        piece, target = codes[: last - first], whole[: last - first]
+        torch.bitwise_and(piece, 15, out=target[:, 0::2])
+        torch.bitwise_right_shift(piece, 4, out=target[:, 1::2])
+        packed[first:last] = torch._convert_weight_to_int4pack_for_cpu(target, 1)
+    return packed

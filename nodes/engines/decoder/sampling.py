@@ -9,6 +9,7 @@ from nodes.engines.decoder.steps import Sampling
 __all__ = ["next_token"]
 
 _WORD = (1 << 64) - 1
+_SHORTEST = 1e-300
 
 
 def next_token(scores: np.ndarray, sampling: Sampling, history: np.ndarray, position: int) -> int:
@@ -29,13 +30,12 @@ def next_token(scores: np.ndarray, sampling: Sampling, history: np.ndarray, posi
         order = np.argsort(-probability, kind="stable")
         before = np.cumsum(probability[order]) - probability[order]
         probability[order[before >= sampling.top_p]] = 0  # the likeliest one always stays: nothing is before it
-    cumulative = np.cumsum(probability)
-    drawn = _uniform(sampling.seed, position) * cumulative[-1]
-    token = int(np.searchsorted(cumulative, drawn, side="right"))
-    return min(token, int(np.flatnonzero(probability)[-1]))
+    return int(np.argmax(probability / _waits(sampling.seed, position, len(probability))))
 
 
-def _uniform(seed: int, position: int) -> float:
-    """In [0, 1). Philox (Salmon et al. 2011) is a counter-based generator: the draw at one position needs no others."""
+def _waits(seed: int, position: int, count: int) -> np.ndarray:
+    """float64 [count], exponential: of tokens that set out at rates that are their probabilities, token i arrives first with its probability. Two models that draw with the same waits
+    draw the same token as often as their probabilities allow, up to a factor (Daliri et al. 2025, "Coupling without Communication and Drafter-Invariant Speculative Decoding"): so a small
+    model's draw is a guess at a large one's, and none of its probabilities need travel. Philox (Salmon et al. 2011) is a counter-based generator: one position needs no others."""
     generator = np.random.Generator(np.random.Philox(key=np.array([seed & _WORD, position & _WORD], np.uint64)))
-    return float(generator.random())
+    return np.maximum(generator.standard_exponential(count), _SHORTEST)

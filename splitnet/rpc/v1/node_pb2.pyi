@@ -211,6 +211,7 @@ class Generate(google.protobuf.message.Message):
     SEED_FIELD_NUMBER: builtins.int
     STOP_FIELD_NUMBER: builtins.int
     IGNORE_EOS_FIELD_NUMBER: builtins.int
+    ANSWERED_FIELD_NUMBER: builtins.int
     max_new_tokens: builtins.int
     """at least 1; with the prompt at most the deployment's context_length"""
     temperature: builtins.float
@@ -225,6 +226,10 @@ class Generate(google.protobuf.message.Message):
     """of the draws, where the temperature is not 0: the same seed gives the same tokens"""
     ignore_eos: builtins.bool
     """the model's own end does not"""
+    answered: builtins.int
+    """So many tokens at the end of `input_ids` were answered already, by an ingress that is lost, say: the answer goes on after them. They count as new ones
+    (of max_new_tokens, and where a stop sequence is looked for), and not as the prompt's.
+    """
     @property
     def stop(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenSequence]:
         """each of these ends it"""
@@ -240,8 +245,9 @@ class Generate(google.protobuf.message.Message):
         seed: builtins.int = ...,
         stop: collections.abc.Iterable[Global___TokenSequence] | None = ...,
         ignore_eos: builtins.bool = ...,
+        answered: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["ignore_eos", b"ignore_eos", "max_new_tokens", b"max_new_tokens", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["answered", b"answered", "ignore_eos", b"ignore_eos", "max_new_tokens", b"max_new_tokens", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
 
 Global___Generate: typing_extensions.TypeAlias = Generate
 
@@ -441,6 +447,8 @@ class DescribeReply(google.protobuf.message.Message):
     PROCESSORS_FIELD_NUMBER: builtins.int
     PROCESSOR_FIELD_NUMBER: builtins.int
     ENGINE_FIELD_NUMBER: builtins.int
+    SESSIONS_LIMIT_FIELD_NUMBER: builtins.int
+    SESSIONS_RESERVED_FIELD_NUMBER: builtins.int
     name: builtins.str
     version: builtins.str
     memory_limit_bytes: builtins.int
@@ -468,6 +476,9 @@ class DescribeReply(google.protobuf.message.Message):
     """the processor's model, for people and to find equal devices"""
     engine: builtins.str
     """which of the engines it was told to use: "reference", "auto", or a name"""
+    sessions_limit: builtins.int
+    """requests at once that deployments may reserve here; 0: no limit"""
+    sessions_reserved: builtins.int
     @property
     def events(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Event]:
         """what befell this node lately, the oldest first"""
@@ -505,8 +516,10 @@ class DescribeReply(google.protobuf.message.Message):
         processors: builtins.float = ...,
         processor: builtins.str = ...,
         engine: builtins.str = ...,
+        sessions_limit: builtins.int = ...,
+        sessions_reserved: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["codecs", b"codecs", "cores", b"cores", "deployments", b"deployments", "device", b"device", "draining", b"draining", "engine", b"engine", "engines", b"engines", "events", b"events", "insecure", b"insecure", "links", b"links", "machine", b"machine", "max_message_bytes", b"max_message_bytes", "max_tensor_bytes", b"max_tensor_bytes", "memory_limit_bytes", b"memory_limit_bytes", "memory_used_bytes", b"memory_used_bytes", "name", b"name", "process_memory_bytes", b"process_memory_bytes", "processor", b"processor", "processors", b"processors", "threads", b"threads", "uptime_s", b"uptime_s", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["codecs", b"codecs", "cores", b"cores", "deployments", b"deployments", "device", b"device", "draining", b"draining", "engine", b"engine", "engines", b"engines", "events", b"events", "insecure", b"insecure", "links", b"links", "machine", b"machine", "max_message_bytes", b"max_message_bytes", "max_tensor_bytes", b"max_tensor_bytes", "memory_limit_bytes", b"memory_limit_bytes", "memory_used_bytes", b"memory_used_bytes", "name", b"name", "process_memory_bytes", b"process_memory_bytes", "processor", b"processor", "processors", b"processors", "sessions_limit", b"sessions_limit", "sessions_reserved", b"sessions_reserved", "threads", b"threads", "uptime_s", b"uptime_s", "version", b"version"]) -> None: ...
 
 Global___DescribeReply: typing_extensions.TypeAlias = DescribeReply
 
@@ -555,6 +568,10 @@ class DeploymentStatus(google.protobuf.message.Message):
     SHARDS_FIELD_NUMBER: builtins.int
     FOLLOWERS_FIELD_NUMBER: builtins.int
     GENERATING_FIELD_NUMBER: builtins.int
+    NOISE_FIELD_NUMBER: builtins.int
+    EXCLUSIVE_FIELD_NUMBER: builtins.int
+    SESSIONS_FIELD_NUMBER: builtins.int
+    TERM_FIELD_NUMBER: builtins.int
     name: builtins.str
     plan_sha256: builtins.str
     node: builtins.str
@@ -581,7 +598,7 @@ class DeploymentStatus(google.protobuf.message.Message):
     state: builtins.str
     """active, canary (takes `share` of the new requests), loaded (takes none yet), kept (to go back to), draining,"""
     share: builtins.float
-    """moved (it was here; requests go to moved_to)
+    """moved (it was here; requests go to moved_to), restoring (it was here before the node was started again, and will be)
     of new requests, as this node knows it
     """
     answered: builtins.int
@@ -591,6 +608,12 @@ class DeploymentStatus(google.protobuf.message.Message):
     moved_to: builtins.str
     """the address of the ingress, where it is another node now: clients go there"""
     plan_json: builtins.bytes
+    exclusive: builtins.bool
+    """has the node's threads for itself: no other deployment is taken"""
+    sessions: builtins.int
+    """requests at once (of a decoder model: sessions of full length) that it has reserved"""
+    term: builtins.int
+    """how many switches of that deployment this node has seen"""
     @property
     def inputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
     @property
@@ -608,6 +631,10 @@ class DeploymentStatus(google.protobuf.message.Message):
     @property
     def generating(self) -> Global___GenerationStatus:
         """of a decoder model, at the ingress"""
+
+    @property
+    def noise(self) -> Global___NoiseStatus:
+        """what leaves the ingress for other nodes has noise; absent: it has none"""
 
     def __init__(
         self,
@@ -637,11 +664,47 @@ class DeploymentStatus(google.protobuf.message.Message):
         shards: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         followers: collections.abc.Iterable[builtins.str] | None = ...,
         generating: Global___GenerationStatus | None = ...,
+        noise: Global___NoiseStatus | None = ...,
+        exclusive: builtins.bool = ...,
+        sessions: builtins.int = ...,
+        term: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["generating", b"generating"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["answered", b"answered", "followers", b"followers", "generating", b"generating", "generation", b"generation", "in_flight", b"in_flight", "ingress", b"ingress", "ingress_address", b"ingress_address", "inputs", b"inputs", "max_batch", b"max_batch", "max_delay_s", b"max_delay_s", "max_in_flight", b"max_in_flight", "microbatch", b"microbatch", "model", b"model", "moved_to", b"moved_to", "name", b"name", "node", b"node", "outputs", b"outputs", "plan_json", b"plan_json", "plan_sha256", b"plan_sha256", "shards", b"shards", "share", b"share", "stages", b"stages", "state", b"state", "unanswered", b"unanswered", "waiting", b"waiting"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["generating", b"generating", "noise", b"noise"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["answered", b"answered", "exclusive", b"exclusive", "followers", b"followers", "generating", b"generating", "generation", b"generation", "in_flight", b"in_flight", "ingress", b"ingress", "ingress_address", b"ingress_address", "inputs", b"inputs", "max_batch", b"max_batch", "max_delay_s", b"max_delay_s", "max_in_flight", b"max_in_flight", "microbatch", b"microbatch", "model", b"model", "moved_to", b"moved_to", "name", b"name", "node", b"node", "noise", b"noise", "outputs", b"outputs", "plan_json", b"plan_json", "plan_sha256", b"plan_sha256", "sessions", b"sessions", "shards", b"shards", "share", b"share", "stages", b"stages", "state", b"state", "term", b"term", "unanswered", b"unanswered", "waiting", b"waiting"]) -> None: ...
 
 Global___DeploymentStatus: typing_extensions.TypeAlias = DeploymentStatus
+
+@typing.final
+class NoiseStatus(google.protobuf.message.Message):
+    """The promise about what leaves the node with the raw input: (epsilon, delta)-differentially private, for each sample or each request. docs/privacy.md"""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EPSILON_FIELD_NUMBER: builtins.int
+    DELTA_FIELD_NUMBER: builtins.int
+    CLIP_NORM_FIELD_NUMBER: builtins.int
+    PER_FIELD_NUMBER: builtins.int
+    RELEASED_FIELD_NUMBER: builtins.int
+    epsilon: builtins.float
+    delta: builtins.float
+    clip_norm: builtins.float
+    """what leaves is scaled down to at most this norm, then normal noise is added"""
+    per: builtins.str
+    """sample or request"""
+    released: builtins.int
+    """samples (or requests) that have left, at the ingress, since activation; what was sent again after a loss is counted once"""
+    def __init__(
+        self,
+        *,
+        epsilon: builtins.float = ...,
+        delta: builtins.float = ...,
+        clip_norm: builtins.float = ...,
+        per: builtins.str = ...,
+        released: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["clip_norm", b"clip_norm", "delta", b"delta", "epsilon", b"epsilon", "per", b"per", "released", b"released"]) -> None: ...
+
+Global___NoiseStatus: typing_extensions.TypeAlias = NoiseStatus
 
 @typing.final
 class GenerationStatus(google.protobuf.message.Message):
@@ -665,6 +728,11 @@ class GenerationStatus(google.protobuf.message.Message):
     PASSES_IN_FLIGHT_FIELD_NUMBER: builtins.int
     DRAFTED_TOKENS_FIELD_NUMBER: builtins.int
     ACCEPTED_TOKENS_FIELD_NUMBER: builtins.int
+    KV_BYTES_PER_TOKEN_FIELD_NUMBER: builtins.int
+    ANSWERS_FIELD_NUMBER: builtins.int
+    TTFT_S_FIELD_NUMBER: builtins.int
+    TPOT_S_FIELD_NUMBER: builtins.int
+    TOKENS_PER_S_FIELD_NUMBER: builtins.int
     context_length: builtins.int
     """tokens of one session, prompt and answer"""
     vocabulary: builtins.int
@@ -689,6 +757,16 @@ class GenerationStatus(google.protobuf.message.Message):
     """guessed beforehand"""
     accepted_tokens: builtins.int
     """of these, right"""
+    kv_bytes_per_token: builtins.int
+    """what one slot takes, in the caches of all stages together"""
+    answers: builtins.int
+    """that came to their end"""
+    ttft_s: builtins.float
+    """from a request to its first token, at the ingress: the median of the latest 64 answers; 0: none yet"""
+    tpot_s: builtins.float
+    """from one token to the next, the same"""
+    tokens_per_s: builtins.float
+    """of all sessions together, over the last ten seconds"""
     @property
     def eos_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
@@ -712,8 +790,13 @@ class GenerationStatus(google.protobuf.message.Message):
         passes_in_flight: builtins.int = ...,
         drafted_tokens: builtins.int = ...,
         accepted_tokens: builtins.int = ...,
+        kv_bytes_per_token: builtins.int = ...,
+        answers: builtins.int = ...,
+        ttft_s: builtins.float = ...,
+        tpot_s: builtins.float = ...,
+        tokens_per_s: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["accepted_tokens", b"accepted_tokens", "bos_token_ids", b"bos_token_ids", "cache_tokens", b"cache_tokens", "cached_tokens", b"cached_tokens", "context_length", b"context_length", "drafted_tokens", b"drafted_tokens", "eos_token_ids", b"eos_token_ids", "free_tokens", b"free_tokens", "kept", b"kept", "new_tokens", b"new_tokens", "passes", b"passes", "passes_in_flight", b"passes_in_flight", "prompt_tokens", b"prompt_tokens", "sessions", b"sessions", "tokenizer", b"tokenizer", "vocabulary", b"vocabulary"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accepted_tokens", b"accepted_tokens", "answers", b"answers", "bos_token_ids", b"bos_token_ids", "cache_tokens", b"cache_tokens", "cached_tokens", b"cached_tokens", "context_length", b"context_length", "drafted_tokens", b"drafted_tokens", "eos_token_ids", b"eos_token_ids", "free_tokens", b"free_tokens", "kept", b"kept", "kv_bytes_per_token", b"kv_bytes_per_token", "new_tokens", b"new_tokens", "passes", b"passes", "passes_in_flight", b"passes_in_flight", "prompt_tokens", b"prompt_tokens", "sessions", b"sessions", "tokenizer", b"tokenizer", "tokens_per_s", b"tokens_per_s", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s", "vocabulary", b"vocabulary"]) -> None: ...
 
 Global___GenerationStatus: typing_extensions.TypeAlias = GenerationStatus
 
@@ -958,6 +1041,110 @@ class LoadReply(google.protobuf.message.Message):
 Global___LoadReply: typing_extensions.TypeAlias = LoadReply
 
 @typing.final
+class OfferRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BLOBS_FIELD_NUMBER: builtins.int
+    NODE_FIELD_NUMBER: builtins.int
+    LEASE_S_FIELD_NUMBER: builtins.int
+    node: builtins.str
+    """the name of the node that may take them; empty: only say which are here"""
+    lease_s: builtins.float
+    """for so long, at most an hour"""
+    @property
+    def blobs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """sha256 of each; at most 65536"""
+
+    def __init__(
+        self,
+        *,
+        blobs: collections.abc.Iterable[builtins.str] | None = ...,
+        node: builtins.str = ...,
+        lease_s: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blobs", b"blobs", "lease_s", b"lease_s", "node", b"node"]) -> None: ...
+
+Global___OfferRequest: typing_extensions.TypeAlias = OfferRequest
+
+@typing.final
+class OfferReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HELD_FIELD_NUMBER: builtins.int
+    @property
+    def held(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        held: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["held", b"held"]) -> None: ...
+
+Global___OfferReply: typing_extensions.TypeAlias = OfferReply
+
+@typing.final
+class GatherRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: builtins.int
+    SIZE_BYTES_FIELD_NUMBER: builtins.int
+    NODE_FIELD_NUMBER: builtins.int
+    ADDRESS_FIELD_NUMBER: builtins.int
+    AS_NODE_FIELD_NUMBER: builtins.int
+    sha256: builtins.str
+    size_bytes: builtins.int
+    node: builtins.str
+    """which one to take it from"""
+    address: builtins.str
+    as_node: builtins.str
+    """the name that it was offered to: this node's"""
+    def __init__(
+        self,
+        *,
+        sha256: builtins.str = ...,
+        size_bytes: builtins.int = ...,
+        node: builtins.str = ...,
+        address: builtins.str = ...,
+        as_node: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "as_node", b"as_node", "node", b"node", "sha256", b"sha256", "size_bytes", b"size_bytes"]) -> None: ...
+
+Global___GatherRequest: typing_extensions.TypeAlias = GatherRequest
+
+@typing.final
+class GiveRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
+    sha256: builtins.str
+    offset: builtins.int
+    def __init__(
+        self,
+        *,
+        sha256: builtins.str = ...,
+        offset: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["offset", b"offset", "sha256", b"sha256"]) -> None: ...
+
+Global___GiveRequest: typing_extensions.TypeAlias = GiveRequest
+
+@typing.final
+class GiveReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: builtins.int
+    data: builtins.bytes
+    def __init__(
+        self,
+        *,
+        data: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["data", b"data"]) -> None: ...
+
+Global___GiveReply: typing_extensions.TypeAlias = GiveReply
+
+@typing.final
 class ActivateRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1040,6 +1227,7 @@ class SwitchRequest(google.protobuf.message.Message):
     SHARE_FIELD_NUMBER: builtins.int
     INGRESS_ADDRESS_FIELD_NUMBER: builtins.int
     KEEP_FIELD_NUMBER: builtins.int
+    TERM_FIELD_NUMBER: builtins.int
     deployment: builtins.str
     generation: builtins.int
     """takes `share` of the new requests, or all of them"""
@@ -1049,6 +1237,8 @@ class SwitchRequest(google.protobuf.message.Message):
     """of that generation, for a node that does not hold it"""
     keep: builtins.bool
     """the one that was active before stays, to go back to"""
+    term: builtins.int
+    """which switch of that deployment this is; refused where a later one is known. 0: the next one"""
     def __init__(
         self,
         *,
@@ -1057,8 +1247,9 @@ class SwitchRequest(google.protobuf.message.Message):
         share: builtins.float = ...,
         ingress_address: builtins.str = ...,
         keep: builtins.bool = ...,
+        term: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["deployment", b"deployment", "generation", b"generation", "ingress_address", b"ingress_address", "keep", b"keep", "share", b"share"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deployment", b"deployment", "generation", b"generation", "ingress_address", b"ingress_address", "keep", b"keep", "share", b"share", "term", b"term"]) -> None: ...
 
 Global___SwitchRequest: typing_extensions.TypeAlias = SwitchRequest
 

@@ -44,6 +44,21 @@ class NodeStub(object):
                 request_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.LoadRequest.SerializeToString,
                 response_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.LoadReply.FromString,
                 _registered_method=True)
+        self.Offer = channel.unary_unary(
+                '/splitnet.rpc.v1.Node/Offer',
+                request_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.OfferRequest.SerializeToString,
+                response_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.OfferReply.FromString,
+                _registered_method=True)
+        self.Gather = channel.unary_stream(
+                '/splitnet.rpc.v1.Node/Gather',
+                request_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.GatherRequest.SerializeToString,
+                response_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.LoadReply.FromString,
+                _registered_method=True)
+        self.Give = channel.unary_stream(
+                '/splitnet.rpc.v1.Node/Give',
+                request_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.GiveRequest.SerializeToString,
+                response_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.GiveReply.FromString,
+                _registered_method=True)
         self.Activate = channel.unary_unary(
                 '/splitnet.rpc.v1.Node/Activate',
                 request_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.ActivateRequest.SerializeToString,
@@ -121,6 +136,28 @@ class NodeServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Offer(self, request, context):
+        """Tells this node that another one may take blobs from it by Give, for a while; answers which of them it holds whole.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Gather(self, request, context):
+        """Has this node take blobs from another one, which was asked by Offer before, instead of being sent them. Answers as Load does, as often as there is something new,
+        and `complete` once the sha256 has been verified. What arrived is kept, and the next Gather or Load continues there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Give(self, request, context):
+        """A blob from an offset on, from node to node: only what Offer has named for the very node that asks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Activate(self, request, context):
         """Makes this node serve its stages of a plan. Idempotent for the same name and plan. All blobs must have been loaded.
         """
@@ -166,7 +203,8 @@ class NodeServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Run(self, request_iterator, context):
-        """Requests of a client to the ingress (the node of the plan's first stage). Any number in flight on one stream.
+        """Requests of a client to the ingress (the node of the plan's first stage). Any number in flight on one stream. A Failure of no request:
+        the node stops, all answers were sent before, and the client shall end the stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -220,6 +258,21 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.Load,
                     request_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.LoadRequest.FromString,
                     response_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.LoadReply.SerializeToString,
+            ),
+            'Offer': grpc.unary_unary_rpc_method_handler(
+                    servicer.Offer,
+                    request_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.OfferRequest.FromString,
+                    response_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.OfferReply.SerializeToString,
+            ),
+            'Gather': grpc.unary_stream_rpc_method_handler(
+                    servicer.Gather,
+                    request_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.GatherRequest.FromString,
+                    response_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.LoadReply.SerializeToString,
+            ),
+            'Give': grpc.unary_stream_rpc_method_handler(
+                    servicer.Give,
+                    request_deserializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.GiveRequest.FromString,
+                    response_serializer=splitnet_dot_rpc_dot_v1_dot_node__pb2.GiveReply.SerializeToString,
             ),
             'Activate': grpc.unary_unary_rpc_method_handler(
                     servicer.Activate,
@@ -331,6 +384,87 @@ class Node(object):
             '/splitnet.rpc.v1.Node/Load',
             splitnet_dot_rpc_dot_v1_dot_node__pb2.LoadRequest.SerializeToString,
             splitnet_dot_rpc_dot_v1_dot_node__pb2.LoadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Offer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/splitnet.rpc.v1.Node/Offer',
+            splitnet_dot_rpc_dot_v1_dot_node__pb2.OfferRequest.SerializeToString,
+            splitnet_dot_rpc_dot_v1_dot_node__pb2.OfferReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Gather(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/splitnet.rpc.v1.Node/Gather',
+            splitnet_dot_rpc_dot_v1_dot_node__pb2.GatherRequest.SerializeToString,
+            splitnet_dot_rpc_dot_v1_dot_node__pb2.LoadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Give(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/splitnet.rpc.v1.Node/Give',
+            splitnet_dot_rpc_dot_v1_dot_node__pb2.GiveRequest.SerializeToString,
+            splitnet_dot_rpc_dot_v1_dot_node__pb2.GiveReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -66,6 +66,54 @@ _NodeLoadType = typing_extensions.TypeVar(
     ],
 )
 
+_NodeOfferType = typing_extensions.TypeVar(
+    '_NodeOfferType',
+    grpc.UnaryUnaryMultiCallable[
+        splitnet.rpc.v1.node_pb2.OfferRequest,
+        splitnet.rpc.v1.node_pb2.OfferReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        splitnet.rpc.v1.node_pb2.OfferRequest,
+        splitnet.rpc.v1.node_pb2.OfferReply,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        splitnet.rpc.v1.node_pb2.OfferRequest,
+        splitnet.rpc.v1.node_pb2.OfferReply,
+    ],
+)
+
+_NodeGatherType = typing_extensions.TypeVar(
+    '_NodeGatherType',
+    grpc.UnaryStreamMultiCallable[
+        splitnet.rpc.v1.node_pb2.GatherRequest,
+        splitnet.rpc.v1.node_pb2.LoadReply,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        splitnet.rpc.v1.node_pb2.GatherRequest,
+        splitnet.rpc.v1.node_pb2.LoadReply,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        splitnet.rpc.v1.node_pb2.GatherRequest,
+        splitnet.rpc.v1.node_pb2.LoadReply,
+    ],
+)
+
+_NodeGiveType = typing_extensions.TypeVar(
+    '_NodeGiveType',
+    grpc.UnaryStreamMultiCallable[
+        splitnet.rpc.v1.node_pb2.GiveRequest,
+        splitnet.rpc.v1.node_pb2.GiveReply,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        splitnet.rpc.v1.node_pb2.GiveRequest,
+        splitnet.rpc.v1.node_pb2.GiveReply,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        splitnet.rpc.v1.node_pb2.GiveRequest,
+        splitnet.rpc.v1.node_pb2.GiveReply,
+    ],
+)
+
 _NodeActivateType = typing_extensions.TypeVar(
     '_NodeActivateType',
     grpc.UnaryUnaryMultiCallable[
@@ -242,7 +290,7 @@ _NodeMeasureType = typing_extensions.TypeVar(
     ],
 )
 
-class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateType, _NodeSwitchType, _NodeUnloadType, _NodeWatchType, _NodeReleaseType, _NodeSetPolicyType, _NodeRunType, _NodeForwardType, _NodeHeartbeatType, _NodeProbeType, _NodeMeasureType]):
+class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeOfferType, _NodeGatherType, _NodeGiveType, _NodeActivateType, _NodeSwitchType, _NodeUnloadType, _NodeWatchType, _NodeReleaseType, _NodeSetPolicyType, _NodeRunType, _NodeForwardType, _NodeHeartbeatType, _NodeProbeType, _NodeMeasureType]):
     @typing.overload
     def __init__(self: NodeStub[
         grpc.UnaryUnaryMultiCallable[
@@ -252,6 +300,18 @@ class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateTyp
         grpc.StreamStreamMultiCallable[
             splitnet.rpc.v1.node_pb2.LoadRequest,
             splitnet.rpc.v1.node_pb2.LoadReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            splitnet.rpc.v1.node_pb2.OfferRequest,
+            splitnet.rpc.v1.node_pb2.OfferReply,
+        ],
+        grpc.UnaryStreamMultiCallable[
+            splitnet.rpc.v1.node_pb2.GatherRequest,
+            splitnet.rpc.v1.node_pb2.LoadReply,
+        ],
+        grpc.UnaryStreamMultiCallable[
+            splitnet.rpc.v1.node_pb2.GiveRequest,
+            splitnet.rpc.v1.node_pb2.GiveReply,
         ],
         grpc.UnaryUnaryMultiCallable[
             splitnet.rpc.v1.node_pb2.ActivateRequest,
@@ -310,6 +370,18 @@ class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateTyp
             splitnet.rpc.v1.node_pb2.LoadReply,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            splitnet.rpc.v1.node_pb2.OfferRequest,
+            splitnet.rpc.v1.node_pb2.OfferReply,
+        ],
+        grpc.aio.UnaryStreamMultiCallable[
+            splitnet.rpc.v1.node_pb2.GatherRequest,
+            splitnet.rpc.v1.node_pb2.LoadReply,
+        ],
+        grpc.aio.UnaryStreamMultiCallable[
+            splitnet.rpc.v1.node_pb2.GiveRequest,
+            splitnet.rpc.v1.node_pb2.GiveReply,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             splitnet.rpc.v1.node_pb2.ActivateRequest,
             splitnet.rpc.v1.node_pb2.ActivateReply,
         ],
@@ -365,6 +437,17 @@ class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateTyp
     arrived is kept and the next Load continues there.
     """
 
+    Offer: _NodeOfferType
+    """Tells this node that another one may take blobs from it by Give, for a while; answers which of them it holds whole."""
+
+    Gather: _NodeGatherType
+    """Has this node take blobs from another one, which was asked by Offer before, instead of being sent them. Answers as Load does, as often as there is something new,
+    and `complete` once the sha256 has been verified. What arrived is kept, and the next Gather or Load continues there.
+    """
+
+    Give: _NodeGiveType
+    """A blob from an offset on, from node to node: only what Offer has named for the very node that asks."""
+
     Activate: _NodeActivateType
     """Makes this node serve its stages of a plan. Idempotent for the same name and plan. All blobs must have been loaded."""
 
@@ -388,7 +471,9 @@ class NodeStub(typing.Generic[_NodeDescribeType, _NodeLoadType, _NodeActivateTyp
     """Brings tokens, revocations and limits (policy.json), signed by an operator. The node keeps them, and ends at once what they no longer permit."""
 
     Run: _NodeRunType
-    """Requests of a client to the ingress (the node of the plan's first stage). Any number in flight on one stream."""
+    """Requests of a client to the ingress (the node of the plan's first stage). Any number in flight on one stream. A Failure of no request:
+    the node stops, all answers were sent before, and the client shall end the stream.
+    """
 
     Forward: _NodeForwardType
     """Activations, results, cancellations and failures from node to node. One long-lived stream per directed pair of nodes.
@@ -420,6 +505,18 @@ NodeAsyncStub: typing_extensions.TypeAlias = NodeStub[
     grpc.aio.StreamStreamMultiCallable[
         splitnet.rpc.v1.node_pb2.LoadRequest,
         splitnet.rpc.v1.node_pb2.LoadReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        splitnet.rpc.v1.node_pb2.OfferRequest,
+        splitnet.rpc.v1.node_pb2.OfferReply,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        splitnet.rpc.v1.node_pb2.GatherRequest,
+        splitnet.rpc.v1.node_pb2.LoadReply,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        splitnet.rpc.v1.node_pb2.GiveRequest,
+        splitnet.rpc.v1.node_pb2.GiveReply,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         splitnet.rpc.v1.node_pb2.ActivateRequest,
@@ -489,6 +586,32 @@ class NodeServicer(metaclass=abc.ABCMeta):
         """
 
     @abc.abstractmethod
+    def Offer(
+        self,
+        request: splitnet.rpc.v1.node_pb2.OfferRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[splitnet.rpc.v1.node_pb2.OfferReply, collections.abc.Awaitable[splitnet.rpc.v1.node_pb2.OfferReply]]:
+        """Tells this node that another one may take blobs from it by Give, for a while; answers which of them it holds whole."""
+
+    @abc.abstractmethod
+    def Gather(
+        self,
+        request: splitnet.rpc.v1.node_pb2.GatherRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[splitnet.rpc.v1.node_pb2.LoadReply], collections.abc.AsyncIterator[splitnet.rpc.v1.node_pb2.LoadReply]]:
+        """Has this node take blobs from another one, which was asked by Offer before, instead of being sent them. Answers as Load does, as often as there is something new,
+        and `complete` once the sha256 has been verified. What arrived is kept, and the next Gather or Load continues there.
+        """
+
+    @abc.abstractmethod
+    def Give(
+        self,
+        request: splitnet.rpc.v1.node_pb2.GiveRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[splitnet.rpc.v1.node_pb2.GiveReply], collections.abc.AsyncIterator[splitnet.rpc.v1.node_pb2.GiveReply]]:
+        """A blob from an offset on, from node to node: only what Offer has named for the very node that asks."""
+
+    @abc.abstractmethod
     def Activate(
         self,
         request: splitnet.rpc.v1.node_pb2.ActivateRequest,
@@ -546,7 +669,9 @@ class NodeServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[splitnet.rpc.v1.node_pb2.Frame],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[splitnet.rpc.v1.node_pb2.Frame], collections.abc.AsyncIterator[splitnet.rpc.v1.node_pb2.Frame]]:
-        """Requests of a client to the ingress (the node of the plan's first stage). Any number in flight on one stream."""
+        """Requests of a client to the ingress (the node of the plan's first stage). Any number in flight on one stream. A Failure of no request:
+        the node stops, all answers were sent before, and the client shall end the stream.
+        """
 
     @abc.abstractmethod
     def Forward(
